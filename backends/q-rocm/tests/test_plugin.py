@@ -1,0 +1,86 @@
+"""What q-rocm's probe says, on machines that are played by patching torch, and on this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from q_rocm.plugin import backend, probe
+
+NO_PLATFORM: dict[str, str | None] = {"cuda": None, "hip": None, "xpu": None}
+
+
+def play(monkeypatch: pytest.MonkeyPatch, *, build: dict[str, str], devices: list[tuple[str, str]]) -> None:
+    """Make torch look built for ``build``, with ``devices`` in the machine."""
+    for attribute, version in (NO_PLATFORM | build).items():
+        monkeypatch.setattr(torch.version, attribute, version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    properties = [SimpleNamespace(name=name, gcnArchName=architecture) for name, architecture in devices]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+
+
+def test_torch_without_any_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, build={}, devices=[])
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    assert not probe()
+    assert probe().reason == "this torch (2.13.0+cpu) is built without ROCm"
+
+
+@pytest.mark.parametrize(
+    ("build", "other"),
+    [({"cuda": "13.0"}, "q-cuda"), ({"xpu": "20250100"}, "q-xpu")],
+)
+def test_torch_for_another_platform_names_its_backend(monkeypatch: pytest.MonkeyPatch, build: dict[str, str], other: str) -> None:
+    play(monkeypatch, build=build, devices=[("AMD Instinct MI300X", "gfx942"), ("AMD Radeon RX 7900 XTX", "gfx1100")])
+    assert not probe()
+    assert probe().reason.endswith(f": {other} is the backend for it")
+
+
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, build={"hip": "6.4.43482"}, devices=[])
+    assert not probe()
+    assert "no ROCm device is visible" in probe().reason
+    assert "HIP_VISIBLE_DEVICES" in probe().reason
+
+
+def test_every_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(
+        monkeypatch, build={"hip": "6.4.43482"}, devices=[("AMD Instinct MI300X", "gfx942"), ("AMD Radeon RX 7900 XTX", "gfx1100")]
+    )
+    assert probe()
+    assert probe().reason == "AMD Instinct MI300X, gfx942; AMD Radeon RX 7900 XTX, gfx1100"
+
+
+def test_this_machine() -> None:
+    found = probe()
+    assert found.available == (torch.version.hip is not None and torch.cuda.is_available())
+    assert found.reason
+
+
+def test_entry_point_gives_the_backend() -> None:
+    (entry_point,) = entry_points(group="q.backends", name="q_rocm")
+    assert entry_point.load() is backend
+    assert backend.name == "q_rocm"
+    assert backend.probe is probe
+
+
+def test_it_says_that_it_has_no_ops_yet() -> None:
+    assert backend.families == ()
+    assert "no ops yet" in backend.summary
+
+
+def test_importing_the_plugin_touches_no_driver() -> None:
+    code = """
+import sys, torch
+def refuse(*args): raise AssertionError("asked for devices at import")
+torch.cuda.is_available = torch.cuda.device_count = torch.xpu.is_available = torch.xpu.device_count = refuse
+import q_rocm.plugin
+sys.exit("triton" in sys.modules or torch.cuda.is_initialized())
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,82 @@
+"""What q-xpu's probe says, on machines that are played by patching torch, and on this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from q_xpu.plugin import backend, probe
+
+NO_PLATFORM: dict[str, str | None] = {"cuda": None, "hip": None, "xpu": None}
+
+
+def play(monkeypatch: pytest.MonkeyPatch, *, build: dict[str, str], devices: list[str]) -> None:
+    """Make torch look built for ``build``, with ``devices`` in the machine."""
+    for attribute, version in (NO_PLATFORM | build).items():
+        monkeypatch.setattr(torch.version, attribute, version)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: devices[index])
+
+
+def test_torch_without_any_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, build={}, devices=[])
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    assert not probe()
+    assert probe().reason == "this torch (2.13.0+cpu) is built without XPU"
+
+
+@pytest.mark.parametrize(
+    ("build", "other"),
+    [({"cuda": "13.0"}, "q-cuda"), ({"hip": "6.4.43482"}, "q-rocm")],
+)
+def test_torch_for_another_platform_names_its_backend(monkeypatch: pytest.MonkeyPatch, build: dict[str, str], other: str) -> None:
+    play(monkeypatch, build=build, devices=["Intel(R) Data Center GPU Max 1550", "Intel(R) Arc(TM) A770 Graphics"])
+    assert not probe()
+    assert probe().reason.endswith(f": {other} is the backend for it")
+
+
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, build={"xpu": "20250100"}, devices=[])
+    assert not probe()
+    assert "no XPU device is visible" in probe().reason
+    assert "ZE_AFFINITY_MASK" in probe().reason
+
+
+def test_every_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, build={"xpu": "20250100"}, devices=["Intel(R) Data Center GPU Max 1550", "Intel(R) Arc(TM) A770 Graphics"])
+    assert probe()
+    assert probe().reason == "Intel(R) Data Center GPU Max 1550; Intel(R) Arc(TM) A770 Graphics"
+
+
+def test_this_machine() -> None:
+    found = probe()
+    assert found.available == (torch.xpu.is_available())
+    assert found.reason
+
+
+def test_entry_point_gives_the_backend() -> None:
+    (entry_point,) = entry_points(group="q.backends", name="q_xpu")
+    assert entry_point.load() is backend
+    assert backend.name == "q_xpu"
+    assert backend.probe is probe
+
+
+def test_it_says_that_it_has_no_ops_yet() -> None:
+    assert backend.families == ()
+    assert "no ops yet" in backend.summary
+
+
+def test_importing_the_plugin_touches_no_driver() -> None:
+    code = """
+import sys, torch
+def refuse(*args): raise AssertionError("asked for devices at import")
+torch.cuda.is_available = torch.cuda.device_count = torch.xpu.is_available = torch.xpu.device_count = refuse
+import q_xpu.plugin
+sys.exit("triton" in sys.modules or torch.cuda.is_initialized())
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
