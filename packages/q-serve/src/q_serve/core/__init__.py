@@ -1,0 +1,1 @@
+"""What the engine decides with: requests, cache blocks, the scheduler. Pure Python: nothing here imports torch."""
