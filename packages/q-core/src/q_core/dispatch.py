@@ -1,0 +1,163 @@
+"""Binds the op surface into torch's dispatcher, as the namespace ``q``.
+
+For each op and dispatch key a *trampoline* is registered with ``torch.library``; it holds the compiled chain of the implementations that
+may serve there. What each layer does, from the caller inwards:
+
+1. Autocast key: casts activations and bias of the ops that say so.
+2. Autograd key: one handwritten kernel an op (a third of the cost of ``register_autograd``): records the formula of the op's record, or
+   a backward that raises, where a gradient is asked for.
+3. Device key: the trampoline calls the chain and bumps the version counters of what is mutated, which raw kernels don't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from q_core.autograd import autograd_kernel
+from q_core.chain import compile_chain
+from q_core.record import OpRecord
+from q_core.registry import registry
+from q_core.specs import RECORDS, record_of
+
+logger = logging.getLogger("q")
+
+LIBRARY = torch.library.Library("q", "DEF")  # noqa: TOR901  (kept for the life of the process: a collected one takes its ops along)
+
+DISPATCH_KEYS = {
+    "cpu": "CPU",
+    "cuda": "CUDA",
+    "xpu": "XPU",
+    "mps": "MPS",
+    "hpu": "HPU",
+    "mtia": "MTIA",
+    "maia": "MAIA",
+    "privateuseone": "PrivateUse1",
+}
+"""Dispatch keys by torch device type."""
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "privateuseone")
+
+
+class _Cell:
+    """The one place a trampoline looks at: what serves its op on its device type now."""
+
+    __slots__ = ("call", "device_type", "record")
+
+    def __init__(self, record: OpRecord, device_type: str) -> None:
+        self.record = record
+        self.device_type = device_type
+        self.reset()
+
+    def reset(self) -> None:
+        """Compile the chain at the next call: importing q_core loads no backend."""
+        self.call: Callable[..., Any] = self._first_call
+
+    def _first_call(self, *arguments: Any) -> Any:
+        name = self.device_type
+        if name == "privateuseone":
+            name = torch._C._get_privateuse1_backend_name()
+        loaded = registry()
+        self.call = compile_chain(self.record, name, loaded.chain(self.record.name, name), loaded.fallback)
+        return self.call(*arguments)
+
+
+_cells: list[_Cell] = []
+
+
+def _trampoline(record: OpRecord, cell: _Cell) -> Callable[..., Any]:
+    if not record.mutates:
+        return lambda *arguments: cell.call(*arguments)
+    positions = tuple(record.arguments.index(name) for name in record.mutates)
+
+    def mutating(*arguments: Any) -> None:
+        cell.call(*arguments)
+        for position in positions:
+            mutated = arguments[position]
+            torch.autograd.graph.increment_version([mutated] if isinstance(mutated, torch.Tensor) else mutated)
+
+    return mutating
+
+
+def _autocast_kernel(record: OpRecord, device_type: str, op: Any) -> Callable[..., Any]:
+    positions = frozenset(record.arguments.index(name) for name in record.autocast)
+    key = "Autocast" + DISPATCH_KEYS[device_type]
+    excluded = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))
+
+    def kernel(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [
+            argument.to(dtype) if i in positions and argument is not None else argument
+            for i, argument in enumerate(arguments)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*cast)
+
+    return kernel
+
+
+def _define(record: OpRecord) -> None:
+    schema = torch.library.infer_schema(record.hook, op_name=record.name, mutates_args=record.mutates)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    op = getattr(torch.ops.q, record.name).default
+    for device_type, key in DISPATCH_KEYS.items():
+        cell = _Cell(record, device_type)
+        _cells.append(cell)
+        LIBRARY.impl(record.name, _trampoline(record, cell), key)
+    torch.library.register_fake(f"q::{record.name}", record.fake, lib=LIBRARY)
+    LIBRARY.impl(record.name, autograd_kernel(record, op), "Autograd")
+    if record.autocast:
+        for device_type in AUTOCAST_DEVICES:
+            LIBRARY.impl(
+                record.name, _autocast_kernel(record, device_type, op), "Autocast" + DISPATCH_KEYS[device_type]
+            )
+
+
+for _record in RECORDS.values():
+    _define(_record)
+
+
+def bound(op: str) -> Callable[..., Any]:
+    """The torch op itself, ``torch.ops.q.<op>.default``: takes every argument of the hook by position and validates nothing.
+
+    For hot paths whose arguments are known to be right; a backend gets to see whatever is passed.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    overload: Callable[..., Any] = getattr(torch.ops.q, record_of(op).name).default
+    return overload
+
+
+_selection_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def use_backends(*names: str) -> Iterator[None]:
+    """Let only the named backends serve, in the whole process, while the context stands.
+
+    Put it around compiled code, not inside. The reference is a backend like others: name it to allow it.
+
+    Raises:
+        ValueError: a name is not that of an available backend.
+    """
+    if not names:
+        raise ValueError("use_backends: no names given, expected at least one backend, such as 'reference'.")
+    loaded = registry()
+    chosen = loaded.check_names(names)
+    with _selection_lock:
+        previous, loaded.selected = loaded.selected, chosen
+        for cell in _cells:
+            cell.reset()
+    try:
+        yield
+    finally:
+        with _selection_lock:
+            loaded.selected = previous
+            for cell in _cells:
+                cell.reset()

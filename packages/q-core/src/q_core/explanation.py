@@ -1,0 +1,93 @@
+"""Who serves an op, and why the others don't."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from q_core.chain import decline_reason
+from q_core.record import OpRecord
+from q_core.registry import registry
+from q_core.samples.make import Make
+from q_core.specs import record_of
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one backend says to a call: ``reason`` is why it declines, ``None`` if it accepts."""
+
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Who would serve a call, in the order in which backends are asked.
+
+    Attributes:
+        op: name of the op.
+        device: torch device type.
+        served_by: name of the backend, ``None`` if nobody serves it.
+        verdicts: what each said, those after ``served_by`` included.
+    """
+
+    op: str
+    device: str
+    served_by: str | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: served by {self.served_by or 'nobody'}"]
+        for verdict in self.verdicts:
+            said = "accepts" if verdict.reason is None else f"declines: {verdict.reason}"
+            lines.append(f"  {verdict.backend}: {said}")
+        return "\n".join(lines)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    return [_to_meta(v) for v in value] if isinstance(value, list) else value
+
+
+def _sample(record: OpRecord, dtype: torch.dtype) -> dict[str, Any]:
+    call = next(record.samples(Make(), dtype))
+    return {name: _to_meta(value) for name, value in call.items()}
+
+
+def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> Explanation:
+    """Tell who would serve an op and why each other backend declines.
+
+    Args:
+        op: name of the op.
+        device: torch device type; need not be present.
+        dtype: of the floating tensors of the call asked about.
+        **arguments: any of the op's own arguments, in place of the sample's.
+
+    Returns:
+        The explanation; ``print`` it.
+    """
+    record = record_of(op)
+    for name in arguments:
+        if name not in record.arguments:
+            raise ValueError(f"{op} has no argument {name!r}, expected one of: {', '.join(record.arguments)}.")
+    device_type = torch.device(device).type
+    call = _sample(record, dtype) | arguments
+    verdicts = []
+    for loaded in registry().backends:
+        if loaded.state != "available":
+            verdicts.append((0, Verdict(loaded.name, f"{loaded.state}: {loaded.reason}")))
+        elif op not in loaded.implementations:
+            verdicts.append((0, Verdict(loaded.name, f"it has no {op}")))
+    chain = registry().chain(op, device_type)
+    asked = [Verdict(i.backend.name, decline_reason(i, record, call)) for i in chain]
+    names = {verdict.backend for verdict in asked} | {verdict.backend for _, verdict in verdicts}
+    elsewhere = [
+        Verdict(loaded.name, f"it doesn't serve {device_type} here, or is not selected")
+        for loaded in registry().backends
+        if loaded.name not in names
+    ]
+    served_by = next((verdict.backend for verdict in asked if verdict.reason is None), None)
+    return Explanation(op, device_type, served_by, (*asked, *(v for _, v in verdicts), *elsewhere))

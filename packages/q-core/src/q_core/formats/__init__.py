@@ -1,0 +1,1 @@
+"""Code books, the quantized tensor and the checkpoint layout."""

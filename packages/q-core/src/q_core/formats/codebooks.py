@@ -1,0 +1,89 @@
+"""Code books: the values that codes stand for.
+
+Books are plain tuples; :func:`book_tensor` and :func:`dynamic_map` put them on a device once and keep them, so that a model of a
+thousand quantized tensors holds one copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+FourBitType = Literal["nf4", "fp4"]
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""4-bit NormalFloat (QLoRA, arXiv 2305.14314), by code."""
+
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = tuple(x / 12 for x in _FP4_TWELFTHS) + tuple(-x / 12 for x in _FP4_TWELFTHS)
+"""bitsandbytes' FP4, by code: sign, then a magnitude that is not in order. Codes 0 and 8 both mean zero. Not OCP E2M1."""
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitBook:
+    """A 4-bit code book, its values by code and in order.
+
+    Attributes:
+        values: value of each code.
+        ordered: codes in ascending order of value, each value once; the zero among them is ``zero_code``.
+        bound: the largest error, as a share of the block's absmax.
+    """
+
+    values: tuple[float, ...]
+    ordered: tuple[int, ...]
+    bound: float
+
+    @property
+    def zero_code(self) -> int:
+        return self.values.index(0.0)
+
+
+FOUR_BIT_BOOKS: dict[str, FourBitBook] = {
+    "nf4": FourBitBook(values=NF4, ordered=tuple(range(16)), bound=0.15191),
+    "fp4": FourBitBook(values=FP4, ordered=(11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3), bound=1 / 6),
+}
+assert tuple(FOUR_BIT_BOOKS) == get_args(FourBitType)
+
+DYNAMIC_SIGNED_BOUND = 0.00704
+DYNAMIC_UNSIGNED_BOUND = 0.00352
+INT8_BOUND = 1 / 254
+
+
+@functools.cache
+def dynamic_map_values(*, signed: bool) -> tuple[float, ...]:
+    """The dynamic 8-bit map (arXiv 2110.02861): 256 float32 values, ascending, finest near zero."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        items = 2**exponent + 1 if signed else 2 ** (exponent + 1) + 1
+        bounds = torch.linspace(0.1, 1, items, dtype=torch.float32)
+        means = ((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (exponent - 6)).tolist()
+        values += means
+        if signed:
+            values += [-x for x in means]
+    return tuple(sorted(values))
+
+
+@functools.lru_cache(maxsize=64)
+def book_tensor(quant_type: FourBitType, device: torch.device) -> Tensor:
+    """The 16 values of a 4-bit type by code, float32 on a device; shared, not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(FOUR_BIT_BOOKS[quant_type].values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(dynamic_map_values(signed=signed), dtype=torch.float32, device=device)
+
+
+def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
+    return _dynamic_map(signed, torch.device(device))

@@ -1,0 +1,370 @@
+"""A weight held in a quantized format that torch treats as one tensor.
+
+:class:`QuantizedTensor` is a traceable wrapper subclass: it shows the dense weight's shape and dtype, holds the format's component
+tensors, and defines the handful of operations that make sense on them. So a plain ``nn.Linear`` or ``nn.Embedding`` works with one as
+its weight, and ``.to``, ``copy``, ``pickle``, ``state_dict``, torch.compile and export do what they do with any parameter. Everything
+else raises, and says to call ``.dequantize()``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from q_core.formats.four_bit import FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
+from q_core.specs.check import short
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(torch.Tensor):
+    """A dense weight's stand-in, made by :meth:`quantize`, :meth:`from_components` or :meth:`empty`.
+
+    It doesn't train: it refuses ``requires_grad``. Gradients flow through it to activations.
+
+    Attributes:
+        format: how the weight is held.
+        shape, dtype: of the weight it decodes to.
+        components: the component tensors by name; each is an attribute too (``weight.absmax``).
+    """
+
+    format: WeightFormat
+    _resolved: tuple[tuple[int, ...], Components] | None
+
+    @staticmethod
+    def __new__(cls, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
+        device = components[format.component_names[0]].device
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device, requires_grad=False)
+
+    def __init__(self, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.format = format
+        for name in format.component_names:
+            setattr(self, name, components[name])
+        self._resolved = None
+
+    # --- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def quantize(cls, dense: Tensor, format: WeightFormat) -> QuantizedTensor:
+        """Quantize a dense weight.
+
+        Args:
+            dense: float32, bfloat16 or float16, any shape that the format takes.
+            format: :class:`FourBit` or :class:`Int8Rows`.
+
+        Raises:
+            TypeError: ``dense`` is quantized already or of another dtype.
+            ValueError: an element is not finite, which would spoil its whole block.
+        """
+        if isinstance(dense, QuantizedTensor):
+            raise TypeError(f"QuantizedTensor.quantize: dense is {dense!r}, expected a plain tensor; call .dequantize() first")
+        _check_dtype("QuantizedTensor.quantize: dense", dense.dtype)
+        dense = dense.detach()
+        if not dense.is_meta and not bool(torch.isfinite(dense).all()):
+            count = int((~torch.isfinite(dense)).sum())
+            raise ValueError(f"QuantizedTensor.quantize: {count} of {dense.numel()} elements are NaN or infinite, expected finite ones")
+        return cls(format.quantize(dense), format, dense.shape, dense.dtype)
+
+    @classmethod
+    def from_components(
+        cls, components: Components, format: WeightFormat, *, shape: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """Wrap components that exist already; nothing is copied.
+
+        Raises:
+            ValueError, TypeError: they are not components of a weight of that shape and dtype; the message names which.
+        """
+        _check_dtype("QuantizedTensor.from_components: dtype", dtype)
+        format.check(components, shape)
+        return cls(components, format, shape, dtype)
+
+    @classmethod
+    def empty(
+        cls, shape: Sequence[int], format: WeightFormat, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> QuantizedTensor:
+        """An uninitialized one, to be loaded into; ``device`` may be "meta"."""
+        _check_dtype("QuantizedTensor.empty: dtype", dtype)
+        return cls(format.empty(shape, device), format, shape, dtype)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.format.component_names}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the components."""
+        return sum(component.nbytes for component in self.components.values())
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that :meth:`resolved` keeps beside the components."""
+        if self._resolved is None:
+            return 0
+        own = {id(component) for component in self.components.values()}
+        return sum(component.nbytes for component in self._resolved[1].values() if id(component) not in own)
+
+    def resolved(self) -> Components:
+        """The components as the ops take them: double-quantized scales decoded.
+
+        Decoding them for every token of a generation would cost about as much as a fifth of the product itself, so what is decoded
+        while no gradients are recorded is kept: half a bit a weight at blocksize 64, counted by :attr:`cached_bytes`. It is keyed to
+        the components' version counters, and no copy, move or pickle takes it along, so it is never out of date. Training decodes
+        anew each time and keeps nothing.
+        """
+        if not self.format.derives:
+            return self.components
+        components = self.components
+        if torch.compiler.is_compiling():
+            return self.format.resolve(components)
+        stamp = tuple(_version(component) for component in components.values())
+        if self._resolved is not None and self._resolved[0] == stamp:
+            return self._resolved[1]
+        self._resolved = None
+        if torch.is_grad_enabled():
+            return self.format.resolve(components)
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor couldn't be saved for a later backward
+            resolved = self.format.resolve(components)
+        self._resolved = stamp, resolved
+        return resolved
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The dense weight, of this tensor's shape and dtype."""
+        return self.format.dequantize(self.resolved(), self.shape, self.dtype)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+    # --- copies and pickles: components only, whatever is derived stays behind --------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            components = {name: copy.deepcopy(component, memo) for name, component in self.components.items()}
+            memo[id(self)] = _rebuild(components, self.format, tuple(self.shape), self.dtype, _is_parameter(self))
+        result = memo[id(self)]
+        assert isinstance(result, QuantizedTensor)
+        return result
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (self.components, self.format, tuple(self.shape), self.dtype, _is_parameter(self))
+
+    # --- torch's protocols ------------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[WeightFormat, torch.dtype]]:
+        return list(self.format.component_names), (self.format, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, components: Components, context: tuple[WeightFormat, torch.dtype], outer_size: Sequence[int], outer_stride: object
+    ) -> QuantizedTensor:
+        format, dtype = context
+        return cls(components, format, outer_size, dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _FUNCTIONS.get(func)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _OPERATORS.get(func)
+        if handler is None:
+            _unsupported(func)
+        return handler(func, *args, **(kwargs or {}))
+
+
+def _rebuild(
+    components: Components, format: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool
+) -> QuantizedTensor:
+    result = QuantizedTensor.from_components(components, format, shape=shape, dtype=dtype)
+    return torch.nn.Parameter(result, requires_grad=False) if is_parameter else result  # type: ignore[return-value]
+
+
+torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, _rebuild])
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_dtype(what: str, dtype: torch.dtype) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{what} is {short(dtype)}, expected one of {', '.join(map(short, WEIGHT_DTYPES))}")
+
+
+def _unsupported(operation: object, why: str = "is not defined for a QuantizedTensor") -> NoReturn:
+    raise TypeError(f"{operation} {why}; call .dequantize() on it first")
+
+
+def _map(
+    tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None
+) -> QuantizedTensor:
+    if dtype is not None:
+        _check_dtype("QuantizedTensor.to: dtype", dtype)
+    components = {name: function(component) for name, component in tensor.components.items()}
+    return QuantizedTensor(components, tensor.format, tensor.shape, dtype or tensor.dtype)
+
+
+# --- functions: what torch.nn calls on a weight -------------------------------------------------------------------------
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        _unsupported("torch.nn.functional.linear", "takes a QuantizedTensor as its weight only")
+    return weight.format.linear(input, weight.resolved(), weight.shape, bias)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # padding_idx, scale_grad_by_freq and sparse shape the weight's gradient alone, and this weight has none.
+    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        _unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
+    if max_norm is not None:
+        _unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
+    return weight.format.embedding(input, weight.resolved(), weight.shape, weight.dtype)
+
+
+def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
+    if requires_grad:
+        raise TypeError(
+            "requires_grad: a QuantizedTensor doesn't train, expected False; "
+            "wrap it with nn.Parameter(weight, requires_grad=False), and train adapters beside it or what .dequantize() gives"
+        )
+    return tensor
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.Tensor.requires_grad_: _requires_grad,
+    torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+}
+
+
+# --- operators: what is left below autograd -----------------------------------------------------------------------------
+
+
+def _alias(func: Any, tensor: QuantizedTensor) -> Any:
+    return return_and_correct_aliasing(func, (tensor,), {}, _map(tensor, func))
+
+
+def _clone(func: Any, tensor: QuantizedTensor, *, memory_format: object = None) -> QuantizedTensor:
+    return _map(tensor, torch.clone)
+
+
+def _to_copy(
+    func: Any,
+    tensor: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: object = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: object = None,
+) -> QuantizedTensor:
+    return _map(tensor, lambda t: t.to(device=device or t.device, non_blocking=non_blocking, copy=True), dtype=dtype)
+
+
+def _empty_like(
+    func: Any,
+    tensor: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: object = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: object = None,
+) -> QuantizedTensor:
+    return _map(tensor, lambda t: torch.empty_like(t, device=device or t.device), dtype=dtype)
+
+
+def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if target.shape != source.shape:
+        raise ValueError(f"copy_: the source has shape {list(source.shape)}, expected the target's {list(target.shape)}")
+    if not isinstance(target, QuantizedTensor):
+        assert isinstance(source, QuantizedTensor)
+        return target.copy_(source.dequantize(), non_blocking)
+    if not isinstance(source, QuantizedTensor):
+        source = QuantizedTensor.quantize(source.to(target.device), target.format)
+    if source.format != target.format:
+        raise ValueError(f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source")
+    for name, component in target.components.items():
+        component.copy_(getattr(source, name), non_blocking)
+    target._resolved = None
+    return target
+
+
+def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
+    a, b = (t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b))
+    return torch.equal(a, b)
+
+
+def _slice(
+    func: Any, tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    size = tensor.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    if step != 1 or (dim % tensor.ndim and (first, last) != (0, size)):
+        _unsupported("slice", "takes whole rows of a QuantizedTensor only, with step 1 along the first axis")
+    if (first, last) == (0, size):
+        result = _map(tensor, torch.ops.aten.alias.default)
+    else:
+        result = _rows(tensor, first, max(first, last))
+    return return_and_correct_aliasing(func, (tensor, dim, start, end, step), {}, result)
+
+
+def _split(func: Any, tensor: QuantizedTensor, sizes: int | Sequence[int], dim: int = 0) -> list[QuantizedTensor]:
+    if dim % tensor.ndim:
+        _unsupported("split", "takes whole rows of a QuantizedTensor only, along the first axis")
+    rows = tensor.shape[0]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_rows(tensor, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    format, components = tensor.format.rows(tensor.resolved(), tensor.shape, start, stop)
+    return QuantizedTensor(components, format, (stop - start, *tensor.shape[1:]), tensor.dtype)
+
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.empty_like.default: _empty_like,
+    aten.copy_.default: _copy,
+    aten.equal.default: _equal,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+}

@@ -1,0 +1,88 @@
+"""What a weight format is: the one interface between a quantized tensor and the ops.
+
+A format is a frozen, hashable value: it says how a dense weight becomes a few component tensors and back, and which op multiplies with
+them. It holds no tensors itself, so that it can be compared, pickled, and guarded on by torch.compile.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Components = Mapping[str, Tensor]
+"""Component tensors by name."""
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a quantized weight may decode to."""
+
+
+class WeightFormat(ABC):
+    """How a weight is held in component tensors. Subclasses are frozen dataclasses."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def component_names(self) -> tuple[str, ...]:
+        """Names of the component tensors, in order."""
+
+    @property
+    def derives(self) -> bool:
+        """Whether :meth:`resolve` computes anything, and so is worth keeping."""
+        return False
+
+    @abstractmethod
+    def quantize(self, dense: Tensor) -> dict[str, Tensor]:
+        """Encode a dense weight."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
+        """Uninitialized components of the right shapes, on any device, meta too."""
+
+    def resolve(self, components: Components) -> Components:
+        """The components as the ops take them, anything nested decoded. The methods below take these."""
+        return components
+
+    @abstractmethod
+    def dequantize(self, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Decode to a dense tensor of ``shape`` and ``dtype``."""
+
+    @abstractmethod
+    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+        """Multiply activations [..., K] with the weight [N, K]: [..., N]."""
+
+    @abstractmethod
+    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Decode the rows ``ids`` [...] of the weight [V, K]: [..., K]."""
+
+    @abstractmethod
+    def rows(
+        self, resolved: Components, shape: Sequence[int], start: int, stop: int
+    ) -> tuple[WeightFormat, dict[str, Tensor]]:
+        """The rows ``start…stop-1`` of the first axis: their format and components.
+
+        Raises:
+            ValueError: the format can't cut there.
+        """
+
+    def check(self, components: Components, shape: Sequence[int]) -> None:
+        """Refuse components that can't be those of a weight of ``shape``.
+
+        Raises:
+            ValueError: a component is missing, unknown, or of another dtype or shape than expected; the message names it.
+        """
+        if set(components) != set(self.component_names):
+            raise ValueError(f"{self}: got the components {sorted(components)}, expected {sorted(self.component_names)}")
+        for name, expected in self.empty(shape, "meta").items():
+            got = components[name]
+            if got.dtype != expected.dtype or got.shape != expected.shape:
+                raise ValueError(
+                    f"{self}: component {name!r} of a weight {list(shape)} is {got.dtype} {list(got.shape)}, "
+                    f"expected {expected.dtype} {list(expected.shape)}"
+                )
+        devices = {component.device for component in components.values()}
+        if len(devices) > 1:
+            raise ValueError(f"{self}: the components are on {sorted(map(str, devices))}, expected one device; move them first")

@@ -1,0 +1,76 @@
+"""Attention over a paged KV cache.
+
+The cache has one layout on every backend, [B, G, S, D]: B blocks, G kv heads, S slots a block, D head dim. Slot number
+``block * S + offset`` holds one token. Request r reads the blocks ``block_tables[r]`` in order.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from q_core.dispatch import bound
+from q_core.specs import attention as spec
+
+_write_kv = bound("write_kv")
+_paged_attention = bound("paged_attention")
+
+
+def write_kv(
+    k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write new keys and values into their slots of the cache.
+
+    Args:
+        k_TGD, v_TGD: float32, bfloat16 or float16 [T, G, D], any strides.
+        k_cache_BGSD, v_cache_BGSD: the same dtype [B, G, S, D], contiguous; mutated.
+        slot_mapping: int64 [T], slot of each token; a negative one skips its token. Slots are distinct and below B * S (the values
+            are the caller's promise: checking them would wait for the device).
+
+    Raises:
+        RuntimeError: k or v requires grad while gradients are recorded; the cache has none.
+    """
+    spec.check_write_kv(k_TGD, v_TGD, k_cache_BGSD, v_cache_BGSD, slot_mapping)
+    _write_kv(k_TGD, v_TGD, k_cache_BGSD, v_cache_BGSD, slot_mapping)
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_cache_BGSD: Tensor,
+    v_cache_BGSD: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Attend over the paged cache: prefill, chunked prefill, decode, or a mix in one batch.
+
+    The queries of request r are rows ``query_start[r]…query_start[r+1]-1`` of ``q_THD`` and stand at the *last* positions of its
+    sequence of ``seq_lens[r]`` tokens, all of which are in the cache (write first, then attend). Query head h reads kv head
+    ``h // (H / G)``. Scores and softmax are float32 or better.
+
+    Args:
+        q_THD: float32, bfloat16 or float16 [T, H, D], H a multiple of G.
+        k_cache_BGSD, v_cache_BGSD: q's dtype [B, G, S, D], contiguous.
+        block_tables: int32 [R, M]; entries beyond a request's last block are not read.
+        query_start: int32 [R + 1], from 0 to T, ascending; a request may have no query.
+        seq_lens: int32 [R], at least the request's number of queries.
+        max_query_len, max_seq_len: upper bounds of the requests' query and sequence lengths, plain ints, so that no backend has to wait
+            for the device to learn them.
+        scale: factor of the scores, by default 1 / sqrt(D).
+        causal: a query sees no key after its own position.
+
+    Returns:
+        Tensor [T, H, D] of q's dtype, contiguous. It has no gradient: a backward through it raises.
+    """
+    if scale is None:
+        scale = q_THD.shape[-1] ** -0.5
+    spec.check_paged_attention(
+        q_THD, k_cache_BGSD, v_cache_BGSD, block_tables, query_start, seq_lens, max_query_len, max_seq_len, scale, causal
+    )
+    return _paged_attention(
+        q_THD, k_cache_BGSD, v_cache_BGSD, block_tables, query_start, seq_lens, max_query_len, max_seq_len, scale, causal
+    )

@@ -1,0 +1,109 @@
+"""Matrix products of activations with weights: dense, 4-bit, int8.
+
+``x_TK`` may have any number of leading axes. Products are summed in float32 or better, in an order of the backend's choice; scales
+and bias enter before the one rounding to the output's dtype.  The gradient goes to ``x`` and ``bias`` (and to a dense weight), never
+to codes or scales. Under autocast ``x``, a dense weight and ``bias`` are cast; codes and scales are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from q_core.dispatch import bound
+from q_core.formats.codebooks import FourBitType
+from q_core.specs import gemm as spec
+
+_gemm = bound("gemm")
+_gemm_4bit = bound("gemm_4bit")
+_int8_gemm = bound("int8_gemm")
+_gemm_int8_weight = bound("gemm_int8_weight")
+
+
+def gemm(x_TK: Tensor, w_NK: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Multiply with a dense weight: ``x @ w.T + bias``.
+
+    Args:
+        x_TK: float32, bfloat16 or float16 [..., K].
+        w_NK: x's dtype [N, K].
+        bias: x's dtype [N].
+
+    Returns:
+        Tensor [..., N] of x's dtype, contiguous.
+    """
+    spec.check_gemm(x_TK, w_NK, bias)
+    return _gemm(x_TK, w_NK, bias)
+
+
+def gemm_4bit(
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    blocksize: int = 64,
+    quant_type: FourBitType = "nf4",
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply with a 4-bit weight: ``x @ dequantize_4bit(packed, …).T + bias``, from one token to prefill sizes.
+
+    Args:
+        x_TK: float32, bfloat16 or float16 [..., K].
+        packed: uint8, ceil(N * K / 2) elements in any shape, read flat, as :func:`q_core.ops.quantize_4bit` makes them.
+        absmax: float32 [ceil(N * K / blocksize)].
+        shape: (N, K); any sizes, K need not be a multiple of the blocksize.
+        blocksize: elements a block, a power of two in 32…4096.
+        quant_type: "nf4" or "fp4".
+        bias: x's dtype [N].
+
+    Returns:
+        Tensor [..., N] of x's dtype, contiguous.
+    """
+    spec.check_gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
+    return _gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
+
+
+def int8_gemm(
+    a_TK: Tensor,
+    b_NK: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Multiply int8 rows with int8 rows: ``(a @ b.T) * a_scale * b_scale / 127² + bias``.
+
+    The integer sum is exact (int32; K ≤ 131,072). The rest is float32: ``acc * (a_scale * b_scale * (1 / 16129))``.
+
+    Args:
+        a_TK: int8 [..., K].
+        b_NK: int8 [N, K].
+        a_scale: float32 [...], row absmax of a as :func:`q_core.ops.quantize_int8_rowwise` gives it.
+        b_scale: float32 [N], row absmax of b.
+        bias: float32, bfloat16 or float16 [N].
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        Tensor [..., N] of ``dtype``, contiguous. It has no gradient: a backward through it raises.
+    """
+    spec.check_int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype)
+    return _int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype)
+
+
+def gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Multiply with an int8 weight that has one scale a row: ``x @ (w * w_scale / 127).T + bias``.
+
+    Args:
+        x_TK: float32, bfloat16 or float16 [..., K].
+        w_NK: int8 [N, K].
+        w_scale: float32 [N], row absmax of the weight.
+        bias: x's dtype [N].
+
+    Returns:
+        Tensor [..., N] of x's dtype, contiguous.
+    """
+    spec.check_gemm_int8_weight(x_TK, w_NK, w_scale, bias)
+    return _gemm_int8_weight(x_TK, w_NK, w_scale, bias)

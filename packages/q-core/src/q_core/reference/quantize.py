@@ -1,0 +1,93 @@
+"""Reference of the quantize family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from q_core.backend import impl
+from q_core.formats.codebooks import FOUR_BIT_BOOKS, book_tensor
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
+
+
+def in_blocks(flat: Tensor, blocksize: int) -> Tensor:
+    """[n] → [blocks, blocksize], the last one filled up with zeros."""
+    return F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+
+
+def scale_blocks(A: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """The shared first half of block-wise quantization: [numel] in [-1, 1], and absmax [blocks]."""
+    blocks = in_blocks(A.reshape(-1).float(), blocksize)
+    absmax = blocks.abs().amax(1)
+    divisor = absmax.unsqueeze(1)
+    scaled = torch.where(divisor < SMALLEST_NORMAL, blocks / divisor, blocks * (1 / divisor)).clamp(-1, 1)
+    scaled = torch.where((divisor > 0) & divisor.isfinite(), scaled, 0.0)
+    return scaled.view(-1)[: A.numel()], absmax
+
+
+def nearest(scaled: Tensor, ordered: Tensor) -> Tensor:
+    """Index of the nearest entry of an ascending book by float32 midpoints, the lower one on a tie."""
+    return torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
+
+
+def decode(codes: Tensor, absmax: Tensor, book: Tensor, blocksize: int) -> Tensor:
+    """Flat codes to float32 values."""
+    values = book.index_select(0, codes.reshape(-1).int())
+    return (in_blocks(values, blocksize) * absmax.reshape(-1, 1)).view(-1)[: values.numel()]
+
+
+@impl
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    scaled, absmax = scale_blocks(A, blocksize)
+    return nearest(scaled, code).to(torch.uint8).view(A.shape), absmax
+
+
+@impl
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return decode(codes, absmax, code, blocksize).to(dtype).view(codes.shape)
+
+
+@impl
+def quantize_4bit(A: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    book = FOUR_BIT_BOOKS[quant_type]
+    code_of_rank = torch.tensor(book.ordered, dtype=torch.uint8, device=A.device)
+    values = book_tensor(quant_type, A.device)
+    scaled, absmax = scale_blocks(A, blocksize)
+    codes = code_of_rank[nearest(scaled, values[code_of_rank.int()])]
+    codes = F.pad(codes, (0, codes.numel() % 2), value=book.zero_code)
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def unpack_4bit(packed: Tensor, numel: int) -> Tensor:
+    """Bytes to codes, the high nibble first."""
+    flat = packed.reshape(-1)
+    return torch.stack((flat >> 4, flat & 15), 1).view(-1)[:numel]
+
+
+@impl
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    codes = unpack_4bit(packed, torch.Size(shape).numel())
+    return decode(codes, absmax, book_tensor(quant_type, packed.device), blocksize).to(dtype).view(tuple(shape))
+
+
+@impl
+def quantize_int8_rowwise(A_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    x = A_TK.float()
+    magnitude = x.abs()
+    is_outlier = magnitude >= threshold if threshold else torch.zeros_like(x, dtype=torch.bool)
+    outliers = is_outlier.reshape(x.shape[:-1].numel(), x.shape[-1]).any(0)
+    magnitude = magnitude.masked_fill(is_outlier, 0.0)
+    absmax = magnitude.amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    divisor = absmax.unsqueeze(-1)
+    factor = 127 / divisor
+    codes = torch.where(factor.isfinite(), x * factor, x / divisor * 127).round().clamp(-127, 127)
+    keep = (divisor > 0) & divisor.isfinite() & ~outliers
+    return torch.where(keep, codes, 0.0).to(torch.int8), absmax, outliers

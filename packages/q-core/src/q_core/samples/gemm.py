@@ -1,0 +1,63 @@
+"""Sample calls of the gemm family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_core.formats.codebooks import FOUR_BIT_BOOKS
+from q_core.samples.make import Make
+
+SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
+    ((1,), 32, 64),
+    ((4,), 17, 96),
+    ((2, 3), 8, 40),
+    ((), 5, 64),
+    ((0,), 4, 32),
+    ((33,), 64, 130),
+    ((70,), 3, 33),
+)
+"""Leading axes of x, N, K."""
+
+
+def _bias(make: Make, index: int, N: int, dtype: torch.dtype) -> Tensor | None:
+    return make.normal(N, dtype=dtype) if index % 2 else None
+
+
+def gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for i, (lead, N, K) in enumerate(SIZES):
+        yield {"x_TK": make.normal(*lead, K, dtype=dtype), "w_NK": make.normal(N, K, dtype=dtype), "bias": _bias(make, i, N, dtype)}
+    yield {"x_TK": make.strided(5, 24, dtype=dtype), "w_NK": make.strided(9, 24, dtype=dtype), "bias": None}
+
+
+def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for quant_type in FOUR_BIT_BOOKS:
+        for i, (lead, N, K) in enumerate(SIZES):
+            yield {
+                "x_TK": make.normal(*lead, K, dtype=dtype),
+                "packed": make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8),
+                "absmax": make.uniform(-(-N * K // 64), high=2.0),
+                "blocksize": 64, "quant_type": quant_type, "shape": [N, K], "bias": _bias(make, i, N, dtype),
+            }  # fmt: skip
+
+
+def int8_gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for i, (lead, N, K) in enumerate(SIZES):
+        yield {
+            "a_TK": make.integers(*lead, K, low=-127, high=128, dtype=torch.int8),
+            "b_NK": make.integers(N, K, low=-128, high=128, dtype=torch.int8),
+            "a_scale": make.uniform(*lead, high=3.0), "b_scale": make.uniform(N, high=3.0),
+            "bias": _bias(make, i, N, dtype), "dtype": dtype,
+        }  # fmt: skip
+
+
+def gemm_int8_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for i, (lead, N, K) in enumerate(SIZES):
+        yield {
+            "x_TK": make.normal(*lead, K, dtype=dtype),
+            "w_NK": make.integers(N, K, low=-127, high=128, dtype=torch.int8),
+            "w_scale": make.uniform(N, high=3.0), "bias": _bias(make, i, N, dtype),
+        }  # fmt: skip

@@ -1,0 +1,55 @@
+"""Sample calls of the quantize family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from q_core.formats.codebooks import FOUR_BIT_BOOKS, dynamic_map
+from q_core.samples.make import Make
+
+SHAPES: tuple[tuple[int, ...], ...] = ((4, 64), (3, 5, 37), (1,), (0, 8), (1000,), (129, 33))
+
+
+def quantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for shape in SHAPES:
+        yield {"A": make.normal(*shape, dtype=dtype), "code": dynamic_map(signed=True), "blocksize": make.choice((32, 64, 256))}
+    yield {"A": make.strided(7, 50, dtype=dtype), "code": dynamic_map(signed=True), "blocksize": 64}
+    yield {"A": make.uniform(700).to(dtype), "code": dynamic_map(signed=False), "blocksize": 256}
+    yield {"A": make.normal(90, dtype=dtype), "code": torch.linspace(-1, 1, 17), "blocksize": 32}
+
+
+def dequantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for shape in SHAPES:
+        codes = make.integers(*shape, low=0, high=256, dtype=torch.uint8)
+        blocks = -(-codes.numel() // 64)
+        yield {
+            "codes": codes, "absmax": make.uniform(blocks, high=3.0), "code": dynamic_map(signed=True), "blocksize": 64, "dtype": dtype,
+        }  # fmt: skip
+
+
+def quantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for quant_type in FOUR_BIT_BOOKS:
+        for shape in SHAPES:
+            yield {"A": make.normal(*shape, dtype=dtype), "blocksize": make.choice((32, 64, 128)), "quant_type": quant_type}
+        yield {"A": make.strided(7, 50, dtype=dtype), "blocksize": 64, "quant_type": quant_type}
+
+
+def dequantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for quant_type in FOUR_BIT_BOOKS:
+        for shape in SHAPES:
+            numel = torch.Size(shape).numel()
+            yield {
+                "packed": make.integers((numel + 1) // 2, low=0, high=256, dtype=torch.uint8),
+                "absmax": make.uniform(-(-numel // 64), high=3.0),
+                "blocksize": 64, "quant_type": quant_type, "shape": list(shape), "dtype": dtype,
+            }  # fmt: skip
+
+
+def quantize_int8_rowwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for shape in ((4, 64), (3, 5, 37), (1, 1), (0, 8), (5, 0), (33,)):
+        yield {"A_TK": make.normal(*shape, dtype=dtype), "threshold": 0.0}
+    yield {"A_TK": make.normal(6, 40, dtype=dtype, scale=3.0), "threshold": 6.0}
+    yield {"A_TK": make.strided(6, 40, dtype=dtype), "threshold": 1.5}

@@ -1,0 +1,102 @@
+"""How far an implementation may be from the float64 reference: the one table of tolerances.
+
+A result may miss by ``FACTOR[dtype] * eps(dtype)`` of its *magnitude*: what the sum would be if no term cancelled another. That covers
+any order of summation in float32 and one rounding to the output's dtype (or of decoded weights to the activations' dtype), and no
+algorithm that is worse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_core.reference import gemm as reference_gemm
+from q_core.reference import norm as reference_norm
+
+FACTOR = {torch.float32: 8.0, torch.bfloat16: 1.5, torch.float16: 1.5}
+TINY = 1e-30
+
+Arguments = dict[str, Any]
+
+
+def _tolerance(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    return magnitude.double().abs() * FACTOR[dtype] * torch.finfo(dtype).eps + max(TINY, torch.finfo(dtype).smallest_normal)
+
+
+def _absolute(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double().abs()
+
+
+def gemm(arguments: Arguments, expected: Tensor) -> Tensor:
+    x, w, bias = arguments["x_TK"], arguments["w_NK"], arguments["bias"]
+    magnitude = torch.nn.functional.linear(x.double().abs(), w.double().abs(), _absolute(bias))
+    return _tolerance(magnitude, x.dtype)
+
+
+def gemm_4bit(arguments: Arguments, expected: Tensor) -> Tensor:
+    weight = reference_gemm.decode_weight(arguments, torch.float64)
+    return gemm({"x_TK": arguments["x_TK"], "w_NK": weight, "bias": arguments["bias"]}, expected)
+
+
+def gemm_int8_weight(arguments: Arguments, expected: Tensor) -> Tensor:
+    weight = arguments["w_NK"].double() * (arguments["w_scale"].double() / 127)[:, None]
+    return gemm({"x_TK": arguments["x_TK"], "w_NK": weight, "bias": arguments["bias"]}, expected)
+
+
+def int8_gemm(arguments: Arguments, expected: Tensor) -> Tensor:
+    """The integer sum is exact, so only the roundings after it count."""
+    bias = arguments["bias"]
+    offset = torch.zeros(()) if bias is None else bias.double().abs()
+    return _tolerance(expected.double().abs() + 2 * offset, arguments["dtype"])
+
+
+def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
+    """A parameter may miss by its rounding; a code by one step, where a float32 rounding crosses a midpoint."""
+    bound: Arguments = {}
+    for name, values in expected.items():
+        bound[name] = [
+            torch.ones(()) if value.dtype is torch.uint8 else _tolerance(value.double().abs() + 1e-3, value.dtype)
+            for value in values
+        ]
+    return bound
+
+
+def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:
+    """A mean of values, whose weights are off by the error of the scores: relative to the largest value and score."""
+    q, k, v = arguments["q_THD"], arguments["k_cache_BGSD"], arguments["v_cache_BGSD"]
+    if not expected.numel():
+        return torch.zeros_like(expected, dtype=torch.float64)
+    longest = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * abs(arguments["scale"])
+    magnitude = v.double().abs().max() * (1 + longest)
+    return _tolerance(magnitude.expand(expected.shape), q.dtype)
+
+
+def rms_norm(arguments: Arguments, expected: Tensor) -> Tensor:
+    return _tolerance(expected, arguments["x"].dtype)
+
+
+def add_rms_norm(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The normed sum inherits the rounding of the sum, an element's and that of the root mean square."""
+    x, residual = arguments["x"], arguments["residual"]
+    total = _tolerance(x.double().abs() + residual.double().abs(), x.dtype)
+    scale = torch.rsqrt(expected[1].double().square().mean(-1, keepdim=True) + arguments["eps"])
+    weight = arguments["weight"].double().abs()
+    return 2 * _tolerance(expected[0], x.dtype) + 2 * total * scale * weight, total
+
+
+def rotary_embedding(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    q, k, positions, cos, sin, interleaved = (
+        arguments[name] for name in ("q_THD", "k_TGD", "positions", "cos", "sin", "interleaved")
+    )
+    magnitudes = reference_norm.rotary_embedding(
+        q.double().abs(), k.double().abs(), positions, cos.abs(), -sin.abs(), interleaved
+    )
+    rotated = reference_norm.rotary_embedding(q.double().abs(), k.double().abs(), positions, cos.abs(), sin.abs(), interleaved)
+    q_bound, k_bound = (torch.maximum(a.abs(), b.abs()) for a, b in zip(magnitudes, rotated, strict=True))
+    return _tolerance(q_bound, q.dtype), _tolerance(k_bound, q.dtype)
+
+
+def silu_and_mul(arguments: Arguments, expected: Tensor) -> Tensor:
+    return _tolerance(expected, arguments["x"].dtype)

@@ -1,0 +1,185 @@
+"""Records of the gemm family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from q_core.gradients import gemm as gradients
+from q_core.samples import gemm as samples
+from q_core.specs import bounds, check
+from q_core.specs.quantize import check_packed
+from q_core.record import OpRecord
+
+MAX_INT8_K = 131_072
+"""Largest K for which a sum of products of int8 can't overflow int32."""
+
+
+def _features(op: str, argument: str, x: Tensor, K: int, remedy: str = "") -> None:
+    if x.dim() == 0 or x.shape[-1] != K:
+        check.wrong_shape(op, argument, check.shape_of(x), f"[..., {K}], the weight's in features", remedy)
+
+
+def _weight(op: str, argument: str, w: Tensor) -> None:
+    if w.dim() != 2:
+        check.wrong_shape(op, argument, check.shape_of(w), "[N, K]")
+
+
+def _vector(op: str, argument: str, tensor: Tensor, N: int) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] != N:
+        check.wrong_shape(op, argument, check.shape_of(tensor), f"[{N}], one a row of the weight")
+
+
+def _bias(op: str, bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    if bias is not None:
+        check.same_dtype(op, "bias", bias, "x_TK", dtype)
+        _vector(op, "bias", bias, N)
+
+
+def check_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> None:
+    op = "gemm"
+    check.one_device(op, ("x_TK", "w_NK", "bias"), x_TK, w_NK, bias)
+    check.floating(op, "x_TK", x_TK)
+    check.same_dtype(op, "w_NK", w_NK, "x_TK", x_TK.dtype)
+    _weight(op, "w_NK", w_NK)
+    N, K = w_NK.shape
+    _features(op, "x_TK", x_TK, K)
+    _bias(op, bias, N, x_TK.dtype)
+
+
+def check_gemm_4bit(
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+) -> None:
+    op = "gemm_4bit"
+    check.one_device(op, ("x_TK", "packed", "absmax", "bias"), x_TK, packed, absmax, bias)
+    check.floating(op, "x_TK", x_TK)
+    if len(shape) != 2:
+        check.wrong_value(op, "shape", tuple(shape), "(N, K)")
+    N, K = shape
+    check_packed(op, packed, absmax, blocksize, quant_type, N * K)
+    _features(op, "x_TK", x_TK, K)
+    _bias(op, bias, N, x_TK.dtype)
+
+
+def check_int8_gemm(
+    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    op = "int8_gemm"
+    check.one_device(op, ("a_TK", "b_NK", "a_scale", "b_scale", "bias"), a_TK, b_NK, a_scale, b_scale, bias)
+    check.exact_dtype(op, "a_TK", a_TK, torch.int8, "quantize it with quantize_int8_rowwise first")
+    check.exact_dtype(op, "b_NK", b_NK, torch.int8, "quantize it with quantize_int8_rowwise first")
+    check.exact_dtype(op, "a_scale", a_scale, torch.float32)
+    check.exact_dtype(op, "b_scale", b_scale, torch.float32)
+    _weight(op, "b_NK", b_NK)
+    N, K = b_NK.shape
+    _features(op, "a_TK", a_TK, K)
+    if K > MAX_INT8_K:
+        check.wrong_shape(op, "b_NK", check.shape_of(b_NK), f"K of at most {MAX_INT8_K}, where int32 sums are exact")
+    if a_scale.shape != a_TK.shape[:-1]:
+        check.wrong_shape(op, "a_scale", check.shape_of(a_scale), f"{check.shape_of(a_TK)[:-1]}, one a row of a_TK")
+    _vector(op, "b_scale", b_scale, N)
+    check.output_dtype(op, dtype)
+    if bias is not None:
+        check.floating(op, "bias", bias)
+        _vector(op, "bias", bias, N)
+
+
+def check_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    op = "gemm_int8_weight"
+    check.one_device(op, ("x_TK", "w_NK", "w_scale", "bias"), x_TK, w_NK, w_scale, bias)
+    check.floating(op, "x_TK", x_TK)
+    check.exact_dtype(op, "w_NK", w_NK, torch.int8, "quantize it with quantize_int8_rowwise first")
+    check.exact_dtype(op, "w_scale", w_scale, torch.float32)
+    _weight(op, "w_NK", w_NK)
+    N, K = w_NK.shape
+    _features(op, "x_TK", x_TK, K)
+    _vector(op, "w_scale", w_scale, N)
+    _bias(op, bias, N, x_TK.dtype)
+
+
+def _product(x_TK: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    return x_TK.new_empty((*x_TK.shape[:-1], N), dtype=dtype)
+
+
+def fake_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
+    check_gemm(x_TK, w_NK, bias)
+    return _product(x_TK, w_NK.shape[0], x_TK.dtype)
+
+
+def fake_gemm_4bit(
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+) -> Tensor:
+    check_gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
+    return _product(x_TK, shape[0], x_TK.dtype)
+
+
+def fake_int8_gemm(
+    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    check_int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype)
+    return _product(a_TK, b_NK.shape[0], dtype)
+
+
+def fake_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_gemm_int8_weight(x_TK, w_NK, w_scale, bias)
+    return _product(x_TK, w_NK.shape[0], x_TK.dtype)
+
+
+RECORDS = (
+    OpRecord(
+        name="gemm",
+        family="gemm",
+        check=check_gemm,
+        fake=fake_gemm,
+        samples=samples.gemm,
+        bound=bounds.gemm,
+        neutral={"bias": None},
+        gradient=gradients.gemm,
+        autocast=("x_TK", "w_NK", "bias"),
+    ),
+    OpRecord(
+        name="gemm_4bit",
+        family="gemm",
+        check=check_gemm_4bit,
+        fake=fake_gemm_4bit,
+        samples=samples.gemm_4bit,
+        bound=bounds.gemm_4bit,
+        neutral={"bias": None},
+        gradient=gradients.gemm_4bit,
+        autocast=("x_TK", "bias"),
+    ),
+    OpRecord(
+        name="int8_gemm",
+        family="gemm",
+        check=check_int8_gemm,
+        fake=fake_int8_gemm,
+        samples=samples.int8_gemm,
+        bound=bounds.int8_gemm,
+        neutral={"bias": None},
+    ),
+    OpRecord(
+        name="gemm_int8_weight",
+        family="gemm",
+        check=check_gemm_int8_weight,
+        fake=fake_gemm_int8_weight,
+        samples=samples.gemm_int8_weight,
+        bound=bounds.gemm_int8_weight,
+        neutral={"bias": None},
+        gradient=gradients.gemm_int8_weight,
+        autocast=("x_TK", "bias"),
+    ),
+)
