@@ -1,0 +1,153 @@
+"""Every job of this repository. ``nox -l`` lists them, ``nox -s demo`` runs one.
+
+Whatever runs our code runs it as a user would get it: wheels, built in isolation from copies of the sources and installed into the
+session's environment. ``constraints.txt`` pins what else gets in; torch goes in first, so that nothing else chooses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+BUILD = Path("build")
+CONSTRAINTS = "constraints.txt"
+DISTRIBUTIONS = sorted(path.parent for path in Path().glob("*/q-*/pyproject.toml"))
+NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "types", "tests"]
+# On a developer's machine an environment is made once; wheels and pins are installed anew each time.
+nox.options.reuse_venv = "no" if os.environ.get("CI") else "yes"
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train, quantize, fine-tune and serve a small model; writes build/demo/report.json."""
+    install_wheels(session, "demo")
+    output = BUILD.absolute() / "demo"
+    session.chdir("integration_tests")
+    session.run("python", "-m", "demo", "--output", str(output), *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test against the installed wheels; arguments after ``--`` go to pytest."""
+    install_wheels(session, "tests")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format, and which package may import which."""
+    pip_install(session, "--group", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    sources = os.pathsep.join(str(folder.absolute() / "src") for folder in DISTRIBUTIONS)
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})  # it reads the sources and runs nothing
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of every package, strictly."""
+    pip_install(session, "torch")
+    pip_install(session, "--group", "types", *third_party_requirements())
+    session.run("mypy", *(str(folder / "src") for folder in DISTRIBUTIONS), *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every sdist, every wheel from its sdist, check what they hold, install all and import them."""
+    pip_install(session, "--group", "wheels")
+    built = BUILD / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    for folder in DISTRIBUTIONS:
+        session.run("python", "-m", "build", "--outdir", str(built), str(copy_of_sources(folder)), silent=True)
+    files = [str(path) for path in sorted(built.iterdir())]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", ".ci/check_distributions.py", *files)
+
+    environment = BUILD.absolute() / "fresh-environment"
+    scripts = environment / ("Scripts" if sys.platform == "win32" else "bin")
+    python = str(scripts / "python")
+    session.run("python", "-m", "venv", "--clear", str(environment))
+    for packages in (["torch"], [file for file in files if file.endswith(".whl")]):
+        session.run(python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *packages, external=True)
+    session.run(python, "-m", "pip", "check", external=True)
+    session.chdir(session.create_tmp())
+    for folder in DISTRIBUTIONS:
+        session.run(python, "-c", f"import {folder.name.replace('-', '_')}", external=True)
+    session.run(str(scripts / "q-core"), "doctor", external=True)
+
+
+# --- installing -------------------------------------------------------------------------------------------------------
+
+
+def pip_install(session: nox.Session, *arguments: str) -> None:
+    """Install within the constraints."""
+    session.install("--constraint", CONSTRAINTS, *arguments)
+
+
+def install_wheels(session: nox.Session, group: str) -> None:
+    """Install torch, then all our wheels with a dependency group of pyproject.toml."""
+    pip_install(session, "torch")
+    built = [str(wheel(session, folder)) for folder in DISTRIBUTIONS]
+    # pip takes a wheel of the same version for the same wheel, and would keep the old one.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
+    pip_install(session, "--group", group, *built)
+
+
+def third_party_requirements() -> list[str]:
+    """What our distributions require that is not ours."""
+    requirements: set[str] = set()
+    for folder in DISTRIBUTIONS:
+        requirements.update(nox.project.load_toml(folder / "pyproject.toml")["project"]["dependencies"])
+    return sorted(requirement for requirement in requirements if not requirement.startswith("q-"))
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def wheel(session: nox.Session, distribution: Path) -> Path:
+    """Build a distribution's wheel, unless one of exactly these sources is there already."""
+    sources = copy_of_sources(distribution)
+    folder = BUILD / "wheels" / f"{distribution.name}-{digest(sources)}"
+    if not any(folder.glob("*.whl")):
+        for stale in folder.parent.glob(f"{distribution.name}-*"):
+            shutil.rmtree(stale)
+        session.run(
+            "python",
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--build-constraint",
+            CONSTRAINTS,
+            "--wheel-dir",
+            str(folder),
+            str(sources),
+        )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def copy_of_sources(distribution: Path) -> Path:
+    """Copy what a distribution is built from, so that nothing of an earlier build gets into this one."""
+    target = BUILD / "sources" / distribution.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(distribution, target, ignore=NOT_SOURCES)
+    return target
+
+
+def digest(folder: Path) -> str:
+    """Digest of a folder's files and of the Python that builds them."""
+    sha = hashlib.sha256(sys.version.encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return sha.hexdigest()[:16]
