@@ -12,7 +12,6 @@ may serve there. What each layer does, from the caller inwards:
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,10 +21,8 @@ import torch
 from q_core.autograd import autograd_kernel
 from q_core.chain import compile_chain
 from q_core.record import OpRecord
-from q_core.registry import registry
+from q_core.registry import Registry, registry, set_registry
 from q_core.specs import RECORDS, record_of
-
-logger = logging.getLogger("q")
 
 LIBRARY = torch.library.Library("q", "DEF")  # noqa: TOR901  (kept for the life of the process: a collected one takes its ops along)
 
@@ -134,7 +131,12 @@ def bound(op: str) -> Callable[..., Any]:
     return overload
 
 
-_selection_lock = threading.Lock()
+_selection_lock = threading.RLock()
+
+
+def _reset_cells() -> None:
+    for cell in _cells:
+        cell.reset()
 
 
 @contextlib.contextmanager
@@ -152,12 +154,24 @@ def use_backends(*names: str) -> Iterator[None]:
     chosen = loaded.check_names(names)
     with _selection_lock:
         previous, loaded.selected = loaded.selected, chosen
-        for cell in _cells:
-            cell.reset()
+        _reset_cells()
     try:
         yield
     finally:
         with _selection_lock:
             loaded.selected = previous
-            for cell in _cells:
-                cell.reset()
+            _reset_cells()
+
+
+@contextlib.contextmanager
+def replaced_registry(replacement: Registry) -> Iterator[None]:
+    """Dispatch through another registry, in the whole process, while the context stands: for tests of backends."""
+    with _selection_lock:
+        previous = set_registry(replacement)
+        _reset_cells()
+    try:
+        yield
+    finally:
+        with _selection_lock:
+            set_registry(previous)
+            _reset_cells()

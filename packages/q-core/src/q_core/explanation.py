@@ -9,7 +9,7 @@ import torch
 
 from q_core.chain import decline_reason
 from q_core.record import OpRecord
-from q_core.registry import registry
+from q_core.registry import LoadedBackend, registry
 from q_core.samples.make import Make
 from q_core.specs import record_of
 
@@ -57,6 +57,16 @@ def _sample(record: OpRecord, dtype: torch.dtype) -> dict[str, Any]:
     return {name: _to_meta(value) for name, value in call.items()}
 
 
+def _why_absent(loaded: LoadedBackend, op: str, device_type: str) -> str:
+    if loaded.state != "available" or loaded.backend is None:
+        return f"{loaded.state}: {loaded.reason}"
+    if op not in loaded.implementations:
+        return f"it has no {op}"
+    if loaded.backend.device_types is not None and device_type not in loaded.backend.device_types:
+        return f"it serves {', '.join(loaded.backend.device_types)}, not {device_type}"
+    return "it is not selected (Q_BACKENDS or use_backends)"
+
+
 def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> Explanation:
     """Tell who would serve an op and why each other backend declines.
 
@@ -73,21 +83,18 @@ def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
     for name in arguments:
         if name not in record.arguments:
             raise ValueError(f"{op} has no argument {name!r}, expected one of: {', '.join(record.arguments)}.")
-    device_type = torch.device(device).type
+    try:
+        device_type = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"explain: device is {device!r}, expected one that torch knows: {error}") from None
     call = _sample(record, dtype) | arguments
-    verdicts = []
-    for loaded in registry().backends:
-        if loaded.state != "available":
-            verdicts.append((0, Verdict(loaded.name, f"{loaded.state}: {loaded.reason}")))
-        elif op not in loaded.implementations:
-            verdicts.append((0, Verdict(loaded.name, f"it has no {op}")))
     chain = registry().chain(op, device_type)
     asked = [Verdict(i.backend.name, decline_reason(i, record, call)) for i in chain]
-    names = {verdict.backend for verdict in asked} | {verdict.backend for _, verdict in verdicts}
-    elsewhere = [
-        Verdict(loaded.name, f"it doesn't serve {device_type} here, or is not selected")
+    in_chain = {verdict.backend for verdict in asked}
+    absent = [
+        Verdict(loaded.name, _why_absent(loaded, op, device_type))
         for loaded in registry().backends
-        if loaded.name not in names
+        if loaded.name not in in_chain
     ]
     served_by = next((verdict.backend for verdict in asked if verdict.reason is None), None)
-    return Explanation(op, device_type, served_by, (*asked, *(v for _, v in verdicts), *elsewhere))
+    return Explanation(op, device_type, served_by, (*asked, *absent))

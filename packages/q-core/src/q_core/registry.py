@@ -229,3 +229,11 @@ def registry() -> Registry:
                 environment = read_environment()
                 _registry = Registry(installed_sources(), selected=environment.backends, fallback=environment.fallback)
     return _registry
+
+
+def set_registry(replacement: Registry | None) -> Registry | None:
+    """Put another registry in place and return the one before; ``None`` means to load anew when asked for."""
+    global _registry
+    with _lock:
+        previous, _registry = _registry, replacement
+    return previous

@@ -107,39 +107,15 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes that :meth:`resolved` keeps beside the components."""
+        """Bytes that :func:`resolve` keeps beside the components."""
         if self._resolved is None:
             return 0
         own = {id(component) for component in self.components.values()}
         return sum(component.nbytes for component in self._resolved[1].values() if id(component) not in own)
 
-    def resolved(self) -> Components:
-        """The components as the ops take them: double-quantized scales decoded.
-
-        Decoding them for every token of a generation would cost about as much as a fifth of the product itself, so what is decoded
-        while no gradients are recorded is kept: half a bit a weight at blocksize 64, counted by :attr:`cached_bytes`. It is keyed to
-        the components' version counters, and no copy, move or pickle takes it along, so it is never out of date. Training decodes
-        anew each time and keeps nothing.
-        """
-        if not self.format.derives:
-            return self.components
-        components = self.components
-        if torch.compiler.is_compiling():
-            return self.format.resolve(components)
-        stamp = tuple(_version(component) for component in components.values())
-        if self._resolved is not None and self._resolved[0] == stamp:
-            return self._resolved[1]
-        self._resolved = None
-        if torch.is_grad_enabled():
-            return self.format.resolve(components)
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor couldn't be saved for a later backward
-            resolved = self.format.resolve(components)
-        self._resolved = stamp, resolved
-        return resolved
-
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The dense weight, of this tensor's shape and dtype."""
-        return self.format.dequantize(self.resolved(), self.shape, self.dtype)
+        return self.format.dequantize(resolve(self), self.shape, self.dtype)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
@@ -189,6 +165,33 @@ class QuantizedTensor(torch.Tensor):
         return handler(func, *args, **(kwargs or {}))
 
 
+def resolve(weight: QuantizedTensor) -> Components:
+    """A weight's components as the ops take them: double-quantized scales decoded.
+
+    Decoding them for every token of a generation would cost about as much as a fifth of the product itself, so what is decoded while no
+    gradients are recorded is kept: half a bit a weight at blocksize 64, counted by :attr:`QuantizedTensor.cached_bytes`. It is keyed to
+    the components' version counters, and no copy, move or pickle takes it along, so it is never out of date. Training decodes anew each
+    time and keeps nothing.
+
+    A function and not a method, because torch.compile traces into functions, and takes methods of tensors for operators.
+    """
+    components = {name: getattr(weight, name) for name in weight.format.component_names}
+    if not weight.format.derives:
+        return components
+    if torch.compiler.is_compiling():
+        return weight.format.resolve(components)
+    stamp = tuple(_version(component) for component in components.values())
+    if weight._resolved is not None and weight._resolved[0] == stamp:
+        return weight._resolved[1]
+    weight._resolved = None
+    if torch.is_grad_enabled():
+        return weight.format.resolve(components)
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor couldn't be saved for a later backward
+        resolved = weight.format.resolve(components)
+    weight._resolved = stamp, resolved
+    return resolved
+
+
 def _rebuild(
     components: Components, format: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool
 ) -> QuantizedTensor:
@@ -231,7 +234,7 @@ def _map(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
         _unsupported("torch.nn.functional.linear", "takes a QuantizedTensor as its weight only")
-    return weight.format.linear(input, weight.resolved(), weight.shape, bias)
+    return weight.format.linear(input, resolve(weight), weight.shape, bias)
 
 
 def _embedding(
@@ -248,7 +251,7 @@ def _embedding(
         _unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
     if max_norm is not None:
         _unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
-    return weight.format.embedding(input, weight.resolved(), weight.shape, weight.dtype)
+    return weight.format.embedding(input, resolve(weight), weight.shape, weight.dtype)
 
 
 def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
@@ -352,7 +355,7 @@ def _split(func: Any, tensor: QuantizedTensor, sizes: int | Sequence[int], dim: 
 
 
 def _rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    format, components = tensor.format.rows(tensor.resolved(), tensor.shape, start, stop)
+    format, components = tensor.format.rows(resolve(tensor), tensor.shape, start, stop)
     return QuantizedTensor(components, format, (stop - start, *tensor.shape[1:]), tensor.dtype)
 
 

@@ -53,14 +53,26 @@ def int8_gemm(arguments: Arguments, expected: Tensor) -> Tensor:
 
 
 def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
-    """A parameter may miss by its rounding; a code by one step, where a float32 rounding crosses a midpoint."""
-    bound: Arguments = {}
-    for name, values in expected.items():
-        bound[name] = [
-            torch.ones(()) if value.dtype is torch.uint8 else _tolerance(value.double().abs() + 1e-3, value.dtype)
-            for value in values
-        ]
-    return bound
+    """A float32 state or a parameter may miss by its rounding; a code by one step, where a rounding crosses a midpoint.
+
+    The terms of a state are its old value and the gradient or its square. For states that belong together an update of Adam's kind is at
+    most lr / sqrt(1 - beta2) (arXiv 1412.6980, 2.1), which is what a parameter's update is off by a share of.
+    """
+    gradients = [gradient.double().abs() for gradient in arguments["grads"]]
+    reach = arguments["lr"] / (1 - arguments["beta2"]) ** 0.5
+
+    def bound(name: str, index: int, value: Tensor) -> Tensor:
+        if value.dtype is torch.uint8:
+            return torch.ones(())
+        before = arguments[name][index].double().abs()
+        if name == "params":
+            term: Tensor | float = reach
+        else:
+            gradient = gradients[index] if name.startswith("state") else gradients[index].max()
+            term = torch.maximum(gradient, gradient.square()).view(before.shape if name.startswith("state") else ())
+        return _tolerance(value.double().abs() + before + term, value.dtype)
+
+    return {name: [bound(name, i, value) for i, value in enumerate(values)] for name, values in expected.items()}
 
 
 def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:
