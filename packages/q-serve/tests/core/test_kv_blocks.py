@@ -76,10 +76,10 @@ def test_discarded_blocks_are_forgotten_even_if_shared() -> None:
     tokens = list(range(8))
     blocks = publish_all(pool, tokens)
     pool.hold(blocks[:1])
-    assert pool.release(blocks, discard=True) == blocks[1:]
+    pool.release(blocks, discard=True)
     assert match(pool, tokens) == []
     pool.check_integrity([blocks[:1]])
-    assert pool.release(blocks[:1]) == blocks[:1]
+    pool.release(blocks[:1])
     pool.check_integrity([])
 
 
@@ -88,8 +88,8 @@ def test_a_second_block_of_the_same_contents_stays_unknown() -> None:
     tokens = [1, 2, 3, 4]
     first, second = publish_all(pool, tokens), publish_all(pool, tokens)
     assert match(pool, tokens) == first
-    assert pool.release(second) == second
-    assert pool.release(first) == []
+    pool.release(second)
+    pool.release(first)
     pool.check_integrity([])
 
 

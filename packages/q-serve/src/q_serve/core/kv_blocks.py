@@ -77,7 +77,7 @@ class BlockPool:
             taken.append(block)
         return taken
 
-    def release(self, blocks: Sequence[int], *, discard: bool = False) -> list[int]:
+    def release(self, blocks: Sequence[int], *, discard: bool = False) -> None:
         """Give up one hold on each of the blocks.
 
         The last blocks of a sequence become the least recently used, since a prefix is worth more without its tail than the other
@@ -86,11 +86,7 @@ class BlockPool:
         Args:
             blocks: a request's blocks in the order of its sequence.
             discard: what is in them can't be trusted, so the prefix cache forgets them.
-
-        Returns:
-            Those of the blocks that became free, in no particular order.
         """
-        freed = []
         for block in reversed(blocks):
             assert self._ref_counts[block] > 0, f"block {block} is released, but nobody holds it"
             self._ref_counts[block] -= 1
@@ -102,8 +98,6 @@ class BlockPool:
                 self._cached[block] = None
             else:
                 self._free.append(block)
-                freed.append(block)
-        return freed
 
     # --- prefixes ------------------------------------------------------------------------------------------------------
 

@@ -44,3 +44,8 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken, without a draw."""
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.top_p == 1 and self.top_k == 0

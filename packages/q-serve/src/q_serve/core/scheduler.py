@@ -154,16 +154,13 @@ class Scheduler:
         elif request.num_output_tokens >= request.params.max_tokens:
             self.finish(request, FinishReason.LENGTH)
 
-    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> list[int]:
+    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request and give its blocks back, once.
 
         Args:
             request: one that is not finished.
             reason: why. After an ERROR nothing of what the request computed stays in the prefix cache.
             error: what went wrong.
-
-        Returns:
-            The blocks that became free.
         """
         if request.state is RequestState.RUNNING:
             self._running.remove(request)
@@ -174,7 +171,7 @@ class Scheduler:
         request.error = error
         del self._requests[request.id]
         blocks, request.blocks = request.blocks, []
-        return self.pool.release(blocks, discard=reason is FinishReason.ERROR)
+        self.pool.release(blocks, discard=reason is FinishReason.ERROR)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, states and the order of requests are as they must be. For any moment between steps."""

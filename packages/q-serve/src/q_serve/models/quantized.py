@@ -1,0 +1,57 @@
+"""Quantized linears: the only module here that knows q-nn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import q_nn
+import torch
+from torch import Tensor, nn
+
+from q_serve.errors import ModelError
+
+
+def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *, name: str) -> None:
+    """Swap the linears of a model on the meta device for quantized ones, as a ``quantization_config`` says.
+
+    Args:
+        model: mutated.
+        quantization_config: of config.json; bitsandbytes' 4-bit and 8-bit are supported.
+        name: what an error calls the configuration.
+
+    Raises:
+        ModelError: another method, or an option of it that isn't supported.
+    """
+    method = quantization_config.get("quant_method")
+    if method != "bitsandbytes":
+        raise ModelError(f"{name}: quantization_config.quant_method is {method!r}, which q-serve does not support (only 'bitsandbytes')")
+    try:
+        q_nn.replace_linears(model, dict(quantization_config))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized modules of a model, by name."""
+    kinds = (q_nn.Linear4bit, q_nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def load_quantized(module: nn.Module, state: Mapping[str, Tensor], *, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a quantized module from a checkpoint's tensors.
+
+    Args:
+        module: one of :func:`quantized_modules`; mutated.
+        state: its tensors by their names in the module, in bitsandbytes' layout.
+        name: what an error calls the module.
+        dtype, device: of the bias, and of what the weight decodes to.
+
+    Raises:
+        ModelError: the tensors are no such module's; the message says which and why.
+    """
+    try:
+        module.load_state_dict(dict(state), strict=True, assign=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{name}: {' '.join(str(error).split())}") from error
+    module.to(device=device, dtype=dtype).requires_grad_(False)

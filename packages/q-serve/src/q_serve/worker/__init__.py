@@ -1,0 +1,1 @@
+"""What touches tensors: the model runner and the sampler."""
