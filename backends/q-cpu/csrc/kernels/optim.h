@@ -1,0 +1,13 @@
+// The kernels of optim.cpp, in the level's namespace.
+
+#pragma once
+
+#include "kernels.h"
+#include "level.h"
+
+Q_CPU_LEVEL_BEGIN
+
+void adamw_8bit(const AdamW8bit& a, const AdamW& rule, int64_t first, int64_t last);
+void adamw_32bit(const AdamW32bit& a, const AdamW& rule, int64_t first, int64_t last);
+
+Q_CPU_LEVEL_END

@@ -1,0 +1,174 @@
+// Quantization and its inverse, in flat blocks and in rows.
+
+#include "quantize.h"
+
+#include "blocks.h"
+#include "four_bit.h"
+#include "vector.h"
+
+Q_CPU_LEVEL_BEGIN
+namespace {
+
+inline int64_t block_length(int64_t block, int64_t blocksize, int64_t numel) {
+  return smaller(blocksize, numel - block * blocksize);
+}
+
+// Codes of scaled values, one a byte, in whole vectors: both buffers have room up to the next multiple of kLanes. Each midpoint below s
+// adds its step; a comparison of vectors gives -1 where it holds.
+inline void encode_nibbles(const float* s, int64_t count, const FourBitBook& book, uint8_t* codes) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector scaled = load_vector(s + i);
+    Integers code = Integers{} + book.lowest_code;
+    for (int j = 0; j < 15; ++j) code += (Vector{} + book.midpoints[j] < scaled) & book.steps[j];
+    const Bytes bytes = __builtin_convertvector(code, Bytes);
+    memcpy(codes + i, &bytes, sizeof bytes);
+  }
+}
+
+// Packs an even number of codes.
+inline void pack_nibbles(const uint8_t* codes, int64_t bytes, uint8_t* __restrict packed) {
+  for (int64_t i = 0; i < bytes; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+}
+
+// Encodes a block into (count + 1) / 2 bytes and returns its absmax.
+inline float encode_block_4bit(const float* x, int64_t count, const FourBitBook& book, uint8_t* packed) {
+  const uint32_t bits = absmax_bits(x, count);
+  const float absmax = absmax_value(bits);
+  const uint8_t zero = static_cast<uint8_t>(book.zero_code);
+  if (!is_scalable(bits)) {
+    memset(packed, zero << 4 | zero, static_cast<size_t>((count + 1) / 2));
+    return absmax;
+  }
+  static_assert(kChunk % kLanes == 0);
+  float s[kChunk] = {};
+  uint8_t codes[kChunk];
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t part = smaller(kChunk, count - i);
+    scale_block(x + i, part, absmax, s);
+    encode_nibbles(s, part, book, codes);
+    if (part & 1) codes[part] = zero;  // only the last part of a tensor is odd, and then shorter than the chunk
+    pack_nibbles(codes, (part + 1) / 2, packed + i / 2);
+  }
+  return absmax;
+}
+
+// max |x| of a row, elements at or above the threshold left out, as a bit pattern. All bits of NaN are above those of any threshold,
+// but NaN is not an outlier, so it is asked for by itself.
+inline uint32_t counted_absmax_bits(const float* x, int64_t count, float threshold) {
+  if (threshold == 0.0f) return absmax_bits(x, count);
+  const int32_t limit = static_cast<int32_t>(bits_of(threshold));
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t magnitude = static_cast<int32_t>(bits_of(x[i]) & kMagnitude);
+    const bool counts = magnitude < limit || magnitude > static_cast<int32_t>(kInfinity);
+    const int32_t counted = counts ? magnitude : 0;
+    largest = largest > counted ? largest : counted;
+  }
+  return static_cast<uint32_t>(largest);
+}
+
+// Nearest integer, ties to even, of |y| <= 127: the sum's last bit is worth 1, so the addition rounds.
+inline int8_t round_to_int8(float y) {
+  constexpr float kShift = 0x1.8p23f;
+  const float capped = y > 127.0f ? 127.0f : y;
+  const float bounded = capped < -127.0f ? -127.0f : capped;
+  return static_cast<int8_t>(static_cast<int32_t>(bounded + kShift - kShift));
+}
+
+inline void encode_row(const float* x, int64_t count, float absmax, const uint8_t* outliers, int8_t* __restrict q) {
+  const float scale = 127.0f / absmax;
+  if (bits_of(scale) == kInfinity) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float kept = outliers[i] ? 0.0f : x[i];
+      q[i] = round_to_int8(kept / absmax * 127.0f);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float kept = outliers[i] ? 0.0f : x[i];
+    q[i] = round_to_int8(kept * scale);
+  }
+}
+
+}  // namespace
+
+void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * a.blocksize;
+    const int64_t count = block_length(block, a.blocksize, a.numel);
+    const float* x = load(a.A, a.dtype, begin, count, buffer);
+    a.absmax[block] = encode_block(x, count, *a.book, a.codes + begin);
+  }
+}
+
+void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * a.blocksize;
+    const int64_t count = block_length(block, a.blocksize, a.numel);
+    float* out = destination(a.out, a.dtype, begin, buffer);
+    decode_block(a.codes + begin, count, a.book, a.absmax[block], out);
+    store(out, count, a.out, a.dtype, begin);
+  }
+}
+
+void quantize_4bit(const Quantize4bit& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * a.blocksize;
+    const int64_t count = block_length(block, a.blocksize, a.numel);
+    const float* x = load(a.A, a.dtype, begin, count, buffer);
+    a.absmax[block] = encode_block_4bit(x, count, *a.book, a.packed + begin / 2);
+  }
+}
+
+void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * a.blocksize;
+    const int64_t count = block_length(block, a.blocksize, a.numel);
+    float* out = destination(a.out, a.dtype, begin, buffer);
+    decode_4bit(a.packed, a.absmax, *a.book, a.blocksize, begin, count, out);
+    store(out, count, a.out, a.dtype, begin);
+  }
+}
+
+void find_outlier_columns(const QuantizeInt8Rowwise& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t k = first; k < last; k += kMaxBlocksize) {
+    const int64_t count = smaller(kMaxBlocksize, last - k);
+    uint8_t* __restrict outliers = a.outliers_K + k;
+    memset(outliers, 0, static_cast<size_t>(count));
+    if (a.threshold == 0.0f) continue;
+    for (int64_t t = 0; t < a.T; ++t) {
+      const float* x = load(a.A_TK, a.dtype, t * a.K + k, count, buffer);
+      for (int64_t i = 0; i < count; ++i) outliers[i] |= __builtin_fabsf(x[i]) >= a.threshold;
+    }
+  }
+}
+
+void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t t = first; t < last; ++t) {
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < a.K; k += kMaxBlocksize) {
+      const int64_t count = smaller(kMaxBlocksize, a.K - k);
+      const uint32_t part = counted_absmax_bits(load(a.A_TK, a.dtype, t * a.K + k, count, buffer), count, a.threshold);
+      bits = bits > part ? bits : part;
+    }
+    a.absmax_T[t] = absmax_value(bits);
+    if (!is_scalable(bits)) {
+      memset(a.q_TK + t * a.K, 0, static_cast<size_t>(a.K));
+      continue;
+    }
+    for (int64_t k = 0; k < a.K; k += kMaxBlocksize) {
+      const int64_t count = smaller(kMaxBlocksize, a.K - k);
+      const float* x = load(a.A_TK, a.dtype, t * a.K + k, count, buffer);
+      encode_row(x, count, from_bits(bits), a.outliers_K + k, a.q_TK + t * a.K + k);
+    }
+  }
+}
+
+Q_CPU_LEVEL_END

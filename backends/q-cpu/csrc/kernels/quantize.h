@@ -1,0 +1,17 @@
+// The kernels of quantize.cpp, in the level's namespace.
+
+#pragma once
+
+#include "kernels.h"
+#include "level.h"
+
+Q_CPU_LEVEL_BEGIN
+
+void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last);
+void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t last);
+void quantize_4bit(const Quantize4bit& a, int64_t first, int64_t last);
+void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last);
+void find_outlier_columns(const QuantizeInt8Rowwise& a, int64_t first, int64_t last);
+void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t last);
+
+Q_CPU_LEVEL_END

@@ -1,0 +1,75 @@
+"""The native module. Private: :mod:`q_cpu.runtime` sets it up, the families' modules call it.
+
+Every function checks every argument and raises ``TypeError`` or ``ValueError`` that names op, argument, got and expected. Tensors are
+contiguous CPU tensors; those named ``out``, ``codes``, ``packed``, ``q``, ``absmax`` and ``outliers`` of a quantizing function are written
+to, as are parameters and states.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+def isa() -> str: ...
+def isa_display() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def configure_threads(gomp_parallel: int | None, get_num_threads: Callable[[], int]) -> None: ...
+def use_exchange_api(wanted: bool) -> bool: ...
+def register_4bit(quant_type: str, values: Sequence[float], ordered: Sequence[int]) -> None: ...
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> None: ...
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None: ...
+def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor) -> None: ...
+def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None: ...
+def quantize_int8_rowwise(A_TK: Tensor, threshold: float, q: Tensor, absmax: Tensor, outliers: Tensor) -> None: ...
+def gemm_4bit(
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    T: int,
+    N: int,
+    K: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def int8_gemm(
+    a_TK: Tensor,
+    b_NK: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    T: int,
+    N: int,
+    K: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def adamw_8bit(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+    code1: Tensor,
+    code2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    blocksize: int,
+) -> None: ...
+def adamw_32bit(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None: ...
