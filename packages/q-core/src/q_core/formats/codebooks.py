@@ -86,8 +86,14 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(_constant_values(signed), dtype=torch.float32, device=device)
     return _dynamic_map(signed, torch.device(device))
 
 
-# What torch.compiler.assume_constant_result does, without its import of the compiler: traced code takes the map as a constant.
-dynamic_map._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _constant_values(signed: bool) -> tuple[float, ...]:
+    return dynamic_map_values(signed=signed)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_constant_values._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -216,7 +216,8 @@ def _check_dtype(what: str, dtype: torch.dtype) -> None:
 
 
 def _unsupported(operation: object, why: str = "is not defined for a QuantizedTensor") -> NoReturn:
-    raise TypeError(f"{operation} {why}; call .dequantize() on it first")
+    # Not a TypeError: Python's operators would turn that into their own, which doesn't say what to do.
+    raise ValueError(f"{operation} {why}; call .dequantize() on it first")
 
 
 def _map(

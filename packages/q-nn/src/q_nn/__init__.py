@@ -1,0 +1,29 @@
+"""Quantized modules, fine-tuning and checkpoints."""
+
+from q_core.formats.four_bit import FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_nn.config import QConfig
+from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from q_nn.memory import weight_bytes
+from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
+from q_nn.state_hooks import prepare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FourBit",
+    "Int8Rows",
+    "KeptParameter",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "QConfig",
+    "QuantizeReport",
+    "QuantizedLayer",
+    "QuantizedTensor",
+    "prepare",
+    "quantize",
+    "weight_bytes",
+]

@@ -1,0 +1,59 @@
+"""The product of LLM.int8() (arXiv 2208.07339) with its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_core import ops
+
+
+def int8_matmul(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    """Quantize the rows of ``x`` to int8 and multiply them with an int8 weight.
+
+    Args:
+        x_TK: float32, bfloat16 or float16 [..., K]; cast first where autocast is on.
+        codes_NK: int8 [N, K].
+        absmax: float32 [N].
+        bias: float32, bfloat16 or float16 [N].
+
+    Returns:
+        Tensor [..., N] of x's dtype. Its gradient with respect to ``x`` is ``dy @ dequant(weight)``: rounding counts as the identity.
+    """
+    kind = x_TK.device.type
+    if torch.is_autocast_enabled(kind):
+        x_TK = x_TK.to(torch.get_autocast_dtype(kind))
+    if torch.is_grad_enabled():
+        result: Tensor = _Int8Matmul.apply(x_TK, codes_NK, absmax, bias)
+        return result
+    return _product(x_TK, codes_NK, absmax, bias)
+
+
+def _product(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    q_TK, row_absmax, _ = ops.quantize_int8_rowwise(x_TK, threshold=0.0)
+    return ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, dtype=x_TK.dtype)
+
+
+class _Int8Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x_TK, codes_NK, absmax, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, codes_NK, absmax, bias = inputs
+        ctx.save_for_backward(codes_NK, absmax)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TN,) = gradients
+        codes_NK, absmax = ctx.saved_tensors
+        dx_TK = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx_TK = dy_TN @ (codes_NK.float() * (absmax / 127).unsqueeze(1)).to(dy_TN.dtype)
+        if ctx.needs_input_grad[3]:
+            dbias = dy_TN.reshape(-1, dy_TN.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return dx_TK, None, None, dbias

@@ -1,0 +1,35 @@
+"""Which class holds which format, and how one takes a dense layer's place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from q_core.formats.four_bit import FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.weight_format import WeightFormat
+from q_nn.linear import Linear8bitLt, LinearFP4, LinearNF4, QuantizedLinear
+
+_FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": LinearFP4}
+
+
+def layer_for(format: WeightFormat) -> type[QuantizedLinear]:
+    """The class of layers whose weight is held in that format."""
+    if isinstance(format, FourBit):
+        return _FOUR_BIT_LAYERS[format.quant_type]
+    if isinstance(format, Int8Rows):
+        return Linear8bitLt
+    raise TypeError(f"q_nn has no linear layer for {format}")
+
+
+def around(linear: nn.Linear, weight: QuantizedTensor) -> QuantizedLinear:
+    """A layer for the weight's format with the rest of ``linear``."""
+    return layer_for(weight.format)._around(linear, weight)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is a child, under all its names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
