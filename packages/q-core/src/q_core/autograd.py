@@ -56,7 +56,7 @@ def autograd_kernel(record: OpRecord, op: Any) -> Callable[..., Any]:
 
     def kernel(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and _requires_grad(arguments):
-            return Function.apply(*arguments)
+            return Function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 

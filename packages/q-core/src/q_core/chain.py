@@ -37,9 +37,7 @@ def decline_reason(implementation: Implementation, record: OpRecord, arguments: 
 class _Fallback:
     """The reference at the end of a chain: says once that it serves, or refuses to."""
 
-    def __init__(
-        self, record: OpRecord, device_type: str, chain: Sequence[Implementation], policy: FallbackPolicy
-    ) -> None:
+    def __init__(self, record: OpRecord, device_type: str, chain: Sequence[Implementation], policy: FallbackPolicy) -> None:
         self._record, self._device_type, self._policy = record, device_type, policy
         self._declined, self._reference = chain[:-1], chain[-1]
         self._said = False
@@ -56,9 +54,7 @@ class _Fallback:
         return no_backend(self._record, self._device_type, self._declined, arguments)
 
 
-def no_backend(
-    record: OpRecord, device_type: str, chain: Sequence[Implementation], arguments: Sequence[Any]
-) -> str:
+def no_backend(record: OpRecord, device_type: str, chain: Sequence[Implementation], arguments: Sequence[Any]) -> str:
     """«op on device: no backend serves this call (name: reason; …)»."""
     named = dict(zip(record.arguments, arguments, strict=True))
     reasons = [f"{i.backend.name}: {decline_reason(i, record, named)}" for i in chain]

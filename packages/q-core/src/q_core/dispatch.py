@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 
@@ -24,7 +24,11 @@ from q_core.record import OpRecord
 from q_core.registry import Registry, registry, set_registry
 from q_core.specs import RECORDS, record_of
 
-LIBRARY = torch.library.Library("q", "DEF")  # noqa: TOR901  (kept for the life of the process: a collected one takes its ops along)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+LIBRARY = torch.library.Library("q", "DEF")
+"""Kept for the life of the process: a collected one takes its ops along."""
 
 DISPATCH_KEYS = {
     "cpu": "CPU",
@@ -37,8 +41,6 @@ DISPATCH_KEYS = {
     "privateuseone": "PrivateUse1",
 }
 """Dispatch keys by torch device type."""
-
-AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "privateuseone")
 
 
 class _Cell:
@@ -83,15 +85,13 @@ def _trampoline(record: OpRecord, cell: _Cell) -> Callable[..., Any]:
 
 def _autocast_kernel(record: OpRecord, device_type: str, op: Any) -> Callable[..., Any]:
     positions = frozenset(record.arguments.index(name) for name in record.autocast)
-    key = "Autocast" + DISPATCH_KEYS[device_type]
-    excluded = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))
+    key = torch._C._parse_dispatch_key(f"Autocast{DISPATCH_KEYS[device_type]}")
+    assert key is not None
+    excluded = torch._C.DispatchKeySet(key)
 
     def kernel(*arguments: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            argument.to(dtype) if i in positions and argument is not None else argument
-            for i, argument in enumerate(arguments)
-        ]
+        cast = [argument.to(dtype) if i in positions and argument is not None else argument for i, argument in enumerate(arguments)]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return op(*cast)
 
@@ -109,26 +109,32 @@ def _define(record: OpRecord) -> None:
     torch.library.register_fake(f"q::{record.name}", record.fake, lib=LIBRARY)
     LIBRARY.impl(record.name, autograd_kernel(record, op), "Autograd")
     if record.autocast:
-        for device_type in AUTOCAST_DEVICES:
-            LIBRARY.impl(
-                record.name, _autocast_kernel(record, device_type, op), "Autocast" + DISPATCH_KEYS[device_type]
-            )
+        for device_type, key in DISPATCH_KEYS.items():
+            LIBRARY.impl(record.name, _autocast_kernel(record, device_type, op), f"Autocast{key}")
 
 
 for _record in RECORDS.values():
     _define(_record)
 
 
-def bound(op: str) -> Callable[..., Any]:
+@overload
+def bound(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]: ...
+@overload
+def bound(op: str) -> Callable[..., Any]: ...
+def bound(op: str | Callable[..., Any]) -> Callable[..., Any]:
     """The torch op itself, ``torch.ops.q.<op>.default``: takes every argument of the hook by position and validates nothing.
 
     For hot paths whose arguments are known to be right; a backend gets to see whatever is passed.
 
+    Args:
+        op: the op's hook (``q_core.hookspecs.gemm_4bit``), whose signature the result has for type checkers, or its name.
+
     Raises:
         ValueError: there is no such op.
     """
-    overload: Callable[..., Any] = getattr(torch.ops.q, record_of(op).name).default
-    return overload
+    name = record_of(op if isinstance(op, str) else op.__name__).name
+    default: Callable[..., Any] = getattr(torch.ops.q, name).default
+    return default
 
 
 _selection_lock = threading.RLock()

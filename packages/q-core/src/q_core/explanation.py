@@ -92,9 +92,7 @@ def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
     asked = [Verdict(i.backend.name, decline_reason(i, record, call)) for i in chain]
     in_chain = {verdict.backend for verdict in asked}
     absent = [
-        Verdict(loaded.name, _why_absent(loaded, op, device_type))
-        for loaded in registry().backends
-        if loaded.name not in in_chain
+        Verdict(loaded.name, _why_absent(loaded, op, device_type)) for loaded in registry().backends if loaded.name not in in_chain
     ]
     served_by = next((verdict.backend for verdict in asked if verdict.reason is None), None)
     return Explanation(op, device_type, served_by, (*asked, *absent))

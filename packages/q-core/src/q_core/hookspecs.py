@@ -134,9 +134,7 @@ def optimizer_step_32bit(
 
 
 @hookspec(firstresult=True)
-def write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor
-) -> None:
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor) -> None:
     """Write new keys and values into their slots of the paged cache."""
 
 

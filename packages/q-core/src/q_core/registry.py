@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import threading
 import traceback
@@ -168,9 +169,7 @@ class Registry:
             implementations = {implementation.op: implementation for implementation in _implementations(backend)}
             functions = {op: implementation.function for op, implementation in implementations.items()}
             self.plugins.register(SimpleNamespace(**functions), name=backend.name)
-            return LoadedBackend(
-                backend.name, source.distribution, "available", availability.reason, backend, implementations
-            )
+            return LoadedBackend(backend.name, source.distribution, "available", availability.reason, backend, implementations)
         except Exception as error:
             state: State = "refused" if isinstance(error, (BackendError, pluggy.PluginValidationError)) else "failed"
             name = backend.name if backend else source.name
@@ -207,7 +206,7 @@ class Registry:
             and (loaded.backend.device_types is None or device_type in loaded.backend.device_types)
         ]
         chain.sort(key=lambda implementation: -implementation.backend.priority)
-        for first, second in zip(chain, chain[1:], strict=False):
+        for first, second in itertools.pairwise(chain):
             if first.backend.priority == second.backend.priority:
                 raise BackendConflictError(
                     f"{op} on {device_type}: backends {first.backend.name!r} and {second.backend.name!r} both have priority "

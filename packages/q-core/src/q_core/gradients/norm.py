@@ -11,9 +11,7 @@ from torch import Tensor
 from q_core.record import Gradient
 
 
-def _rms_norm(
-    ctx: Any, x: Tensor, weight: Tensor, eps: float, dy: Tensor, *, weight_position: int
-) -> tuple[Tensor, Tensor | None]:
+def _rms_norm(ctx: Any, x: Tensor, weight: Tensor, eps: float, dy: Tensor, *, weight_position: int) -> tuple[Tensor, Tensor | None]:
     """Gradients to the normed tensor, in float32, and to the weight."""
     x, dy = x.float(), dy.float()
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

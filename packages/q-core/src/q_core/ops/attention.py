@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from q_core import hookspecs
 from q_core.dispatch import bound
 from q_core.specs import attention as spec
 
-_write_kv = bound("write_kv")
-_paged_attention = bound("paged_attention")
+_write_kv = bound(hookspecs.write_kv)
+_paged_attention = bound(hookspecs.paged_attention)
 
 
-def write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor
-) -> None:
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor) -> None:
     """Write new keys and values into their slots of the cache.
 
     Args:

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from q_core import hookspecs
 from q_core.dispatch import bound
 from q_core.formats.codebooks import FourBitType
 from q_core.specs import gemm as spec
 
-_gemm = bound("gemm")
-_gemm_4bit = bound("gemm_4bit")
-_int8_gemm = bound("int8_gemm")
-_gemm_int8_weight = bound("gemm_int8_weight")
+_gemm = bound(hookspecs.gemm)
+_gemm_4bit = bound(hookspecs.gemm_4bit)
+_int8_gemm = bound(hookspecs.int8_gemm)
+_gemm_int8_weight = bound(hookspecs.gemm_int8_weight)
 
 
 def gemm(x_TK: Tensor, w_NK: Tensor, *, bias: Tensor | None = None) -> Tensor:

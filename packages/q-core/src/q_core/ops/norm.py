@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from q_core import hookspecs
 from q_core.dispatch import bound
 from q_core.specs import norm as spec
 
-_rms_norm = bound("rms_norm")
-_add_rms_norm = bound("add_rms_norm")
-_rotary_embedding = bound("rotary_embedding")
-_silu_and_mul = bound("silu_and_mul")
+_rms_norm = bound(hookspecs.rms_norm)
+_add_rms_norm = bound(hookspecs.add_rms_norm)
+_rotary_embedding = bound(hookspecs.rotary_embedding)
+_silu_and_mul = bound(hookspecs.silu_and_mul)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from q_core import hookspecs
 from q_core.dispatch import bound
 from q_core.specs import optim as spec
 from q_core.specs.optim import OptimizerName
 
-_optimizer_step_8bit = bound("optimizer_step_8bit")
-_optimizer_step_32bit = bound("optimizer_step_32bit")
+_optimizer_step_8bit = bound(hookspecs.optimizer_step_8bit)
+_optimizer_step_32bit = bound(hookspecs.optimizer_step_32bit)
 
 
 @torch.no_grad()
@@ -98,7 +99,5 @@ def optimizer_step_32bit(
     """
     if not params:
         return
-    spec.check_optimizer_step_32bit(
-        name, params, grads, state1, state2, lr, beta1, beta2, eps, weight_decay, step
-    )
+    spec.check_optimizer_step_32bit(name, params, grads, state1, state2, lr, beta1, beta2, eps, weight_decay, step)
     _optimizer_step_32bit(name, params, grads, state1, state2, lr, beta1, beta2, eps, weight_decay, step)

@@ -17,15 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from q_core import hookspecs
 from q_core.dispatch import bound
 from q_core.formats.codebooks import FourBitType, dynamic_map
 from q_core.specs import quantize as spec
 
-_quantize_blockwise = bound("quantize_blockwise")
-_dequantize_blockwise = bound("dequantize_blockwise")
-_quantize_4bit = bound("quantize_4bit")
-_dequantize_4bit = bound("dequantize_4bit")
-_quantize_int8_rowwise = bound("quantize_int8_rowwise")
+_quantize_blockwise = bound(hookspecs.quantize_blockwise)
+_dequantize_blockwise = bound(hookspecs.dequantize_blockwise)
+_quantize_4bit = bound(hookspecs.quantize_4bit)
+_dequantize_4bit = bound(hookspecs.dequantize_4bit)
+_quantize_int8_rowwise = bound(hookspecs.quantize_int8_rowwise)
 
 
 def quantize_blockwise(A: Tensor, code: Tensor | None = None, *, blocksize: int = 256) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reference of the attention family: padded to the longest request, so that no shape depends on a value and nothing waits for the device."""
+"""Reference of the attention family: padded to the longest request, so that no shape depends on a value and nothing is waited for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from q_core.reference.widen import widen
 
 
 @impl
-def write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor
-) -> None:
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor) -> None:
     T, S = k_TGD.shape[0], k_cache_BGSD.shape[2]
     if T == 0 or k_cache_BGSD.shape[0] == 0:
         return
@@ -54,10 +52,7 @@ def paged_attention(
 
     # Keys and values, [R, G, L, D]: table entries past a request's last block may be anything.
     table = block_tables[:, : -(-max_seq_len // S)].long().clamp(0, B - 1)
-    k, v = (
-        widen(cache[table]).transpose(1, 2).reshape(R, G, -1, D)[:, :, :max_seq_len]
-        for cache in (k_cache_BGSD, v_cache_BGSD)
-    )
+    k, v = (widen(cache[table]).transpose(1, 2).reshape(R, G, -1, D)[:, :, :max_seq_len] for cache in (k_cache_BGSD, v_cache_BGSD))
     key_position = torch.arange(max_seq_len, device=device)
     in_sequence = key_position < seq_lens[:, None]
     # A weight of zero doesn't silence a NaN, which the unused slots of a block may hold.

@@ -22,8 +22,10 @@ def _product(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
 
 def decode_weight(arguments: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
     """The weight of a ``gemm_4bit`` call, [N, K]."""
-    names = ("packed", "absmax", "blocksize", "quant_type", "shape")
-    return dequantize_4bit(*(arguments[name] for name in names), dtype)
+    packed, absmax, blocksize, quant_type, shape = (
+        arguments[name] for name in ("packed", "absmax", "blocksize", "quant_type", "shape")
+    )
+    return dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
 
 
 @impl
@@ -45,9 +47,7 @@ def gemm_4bit(
 
 
 @impl
-def int8_gemm(
-    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     # Integers up to 2^53 are exact in float64, which every device multiplies; not every one has an integer product.
     total = F.linear(a_TK.double(), b_NK.double()).float()
     result = total * (a_scale.unsqueeze(-1) * b_scale * (1 / 127**2))

@@ -47,9 +47,7 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
 
 
 @impl
-def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     return decode(codes, absmax, code, blocksize).to(dtype).view(codes.shape)
 
 

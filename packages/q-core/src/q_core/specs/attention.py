@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from q_core.record import OpRecord
 from q_core.samples import attention as samples
 from q_core.specs import bounds, check
-from q_core.record import OpRecord
 
 
 def _check_cache(op: str, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor) -> None:
@@ -21,9 +21,7 @@ def _check_cache(op: str, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor) -> None:
             raise ValueError(f"{op}: {argument} has strides {cache.stride()}, expected a contiguous [B, G, S, D].")
 
 
-def check_write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor
-) -> None:
+def check_write_kv(k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor) -> None:
     op = "write_kv"
     names = ("k_TGD", "v_TGD", "k_cache_BGSD", "v_cache_BGSD", "slot_mapping")
     check.one_device(op, names, k_TGD, v_TGD, k_cache_BGSD, v_cache_BGSD, slot_mapping)

@@ -102,11 +102,12 @@ def rotary_embedding(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> t
     q, k, positions, cos, sin, interleaved = (
         arguments[name] for name in ("q_THD", "k_TGD", "positions", "cos", "sin", "interleaved")
     )
-    magnitudes = reference_norm.rotary_embedding(
-        q.double().abs(), k.double().abs(), positions, cos.abs(), -sin.abs(), interleaved
-    )
-    rotated = reference_norm.rotary_embedding(q.double().abs(), k.double().abs(), positions, cos.abs(), sin.abs(), interleaved)
-    q_bound, k_bound = (torch.maximum(a.abs(), b.abs()) for a, b in zip(magnitudes, rotated, strict=True))
+    # Both terms of a rotated component with one sign, in one turn for its first half and in the other for its second.
+    turns = [
+        reference_norm.rotary_embedding(q.double().abs(), k.double().abs(), positions, cos.abs(), sign * sin.abs(), interleaved)
+        for sign in (1, -1)
+    ]
+    q_bound, k_bound = (torch.maximum(*(turn.abs() for turn in both)) for both in zip(*turns, strict=True))
     return _tolerance(q_bound, q.dtype), _tolerance(k_bound, q.dtype)
 
 

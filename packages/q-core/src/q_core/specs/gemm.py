@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from q_core.gradients import gemm as gradients
+from q_core.record import OpRecord
 from q_core.samples import gemm as samples
 from q_core.specs import bounds, check
 from q_core.specs.quantize import check_packed
-from q_core.record import OpRecord
 
 MAX_INT8_K = 131_072
 """Largest K for which a sum of products of int8 can't overflow int32."""
@@ -69,9 +69,7 @@ def check_gemm_4bit(
     _bias(op, bias, N, x_TK.dtype)
 
 
-def check_int8_gemm(
-    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> None:
+def check_int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     op = "int8_gemm"
     check.one_device(op, ("a_TK", "b_NK", "a_scale", "b_scale", "bias"), a_TK, b_NK, a_scale, b_scale, bias)
     check.exact_dtype(op, "a_TK", a_TK, torch.int8, "quantize it with quantize_int8_rowwise first")
@@ -127,9 +125,7 @@ def fake_gemm_4bit(
     return _product(x_TK, shape[0], x_TK.dtype)
 
 
-def fake_int8_gemm(
-    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def fake_int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     check_int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype)
     return _product(a_TK, b_NK.shape[0], dtype)
 

@@ -36,9 +36,7 @@ def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         check.wrong_shape(op, "residual", check.shape_of(residual), f"x's {check.shape_of(x)}")
 
 
-def check_rotary_embedding(
-    q_THD: Tensor, k_TGD: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> None:
+def check_rotary_embedding(q_THD: Tensor, k_TGD: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     op = "rotary_embedding"
     check.one_device(op, ("q_THD", "k_TGD", "positions", "cos", "sin"), q_THD, k_TGD, positions, cos, sin)
     check.floating(op, "q_THD", q_THD)

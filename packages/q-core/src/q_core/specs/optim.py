@@ -8,18 +8,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from q_core.record import OpRecord
 from q_core.samples import optim as samples
 from q_core.specs import bounds, check
 from q_core.specs.quantize import check_absmax, check_code
-from q_core.record import OpRecord
 
 OptimizerName = Literal["adamw"]
 NAMES = get_args(OptimizerName)
 
 
-def _check_rule(
-    op: str, name: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
-) -> None:
+def _check_rule(op: str, name: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
     if name not in NAMES:
         check.wrong_value(op, "name", name, "one of " + ", ".join(map(repr, NAMES)))
     for argument, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -79,9 +77,7 @@ def check_optimizer_step_8bit(
     check.block_size(op, blocksize)
     check_code(op, "code1", code1)
     check_code(op, "code2", code2)
-    _check_lists(
-        op, params=params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2
-    )
+    _check_lists(op, params=params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
     check.one_device(op, ("params[0]", "code1", "code2"), params[0], code1, code2)
     for i, param in enumerate(params):
         _check_state(op, f"state1[{i}]", state1[i], torch.uint8, param)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS
+from q_core.record import OpRecord
 from q_core.samples import quantize as samples
 from q_core.specs import check
-from q_core.record import OpRecord
 
 
 def check_code(op: str, argument: str, code: Tensor) -> None:
@@ -49,9 +49,7 @@ def check_quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> None:
     check.block_size(op, blocksize)
 
 
-def check_dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> None:
+def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> None:
     op = "dequantize_blockwise"
     check.one_device(op, ("codes", "absmax", "code"), codes, absmax, code)
     check.exact_dtype(op, "codes", codes, torch.uint8, "quantize with quantize_blockwise first")
@@ -94,9 +92,7 @@ def fake_quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Te
     return A.new_empty(A.shape, dtype=torch.uint8), A.new_empty((blocks,), dtype=torch.float32)
 
 
-def fake_dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> Tensor:
+def fake_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
 

@@ -1,0 +1,91 @@
+"""Gradient formulas against autograd through a plain composition, and what has no gradient raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from q_core import bound, ops
+from q_core.samples.make import Make
+from q_core.specs import RECORDS, record_of
+from q_core.testing.agreement import reference_function
+
+DIFFERENTIABLE = ("x_TK", "w_NK", "bias", "x", "residual", "weight", "q_THD", "k_TGD")
+
+
+@pytest.mark.parametrize("op", [op for op, record in RECORDS.items() if record.gradient])
+def test_formula_equals_autograd_through_the_reference(op: str) -> None:
+    """The reference in float64 is plain torch, which autograd differentiates itself."""
+    record = record_of(op)
+    for call in record.samples(Make(), torch.float32):
+        names = [n for n in DIFFERENTIABLE if isinstance(call.get(n), Tensor) and call[n].is_floating_point()]
+
+        def gradients(function: Any, dtype: torch.dtype, call: dict[str, Any] = call, names: list[str] = names) -> list[Tensor]:
+            leaves = {name: call[name].to(dtype).clone().requires_grad_() for name in names}
+            result = function(*(leaves.get(name, call[name]) for name in record.arguments))
+            outputs = result if isinstance(result, tuple) else (result,)
+            make = Make(seed=7)
+            loss = sum((o * make.normal(*o.shape, dtype=dtype)).sum() for o in outputs)
+            return list(torch.autograd.grad(loss, list(leaves.values())))
+
+        got = gradients(bound(op), torch.float32)
+        expected = gradients(reference_function(record), torch.float64)
+        for name, a, b in zip(names, got, expected, strict=True):
+            assert a.dtype is torch.float32
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{op} {n}: {m}")
+
+
+@pytest.mark.parametrize("op", [op for op, record in RECORDS.items() if not record.gradient and not record.mutates])
+def test_without_a_formula_the_backward_raises(op: str) -> None:
+    record = record_of(op)
+    call = next(record.samples(Make(), torch.float32))
+    leaves = {n: v.clone().requires_grad_() for n, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    result = bound(op)(*(leaves.get(name, call[name]) for name in record.arguments))
+    outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o.requires_grad]
+    assert outputs, "a lost gradient would go unnoticed"
+    with pytest.raises(RuntimeError, match=f"{op} has no gradient"):
+        sum(o.sum() for o in outputs).backward()
+
+
+@pytest.mark.parametrize("op", [op for op, record in RECORDS.items() if record.mutates])
+def test_an_op_that_mutates_refuses_to_be_recorded(op: str) -> None:
+    record = record_of(op)
+    call = next(record.samples(Make(), torch.float32))
+    name = "k_TGD" if "k_TGD" in call else "params"
+    value = call[name]
+    call[name] = [v.requires_grad_() for v in value] if isinstance(value, list) else value.requires_grad_()
+    arguments = [call[n] for n in record.arguments]
+    with pytest.raises(RuntimeError, match=rf"{op} writes to its arguments and has no gradient: run it under torch.no_grad"):
+        bound(op)(*arguments)
+    with torch.no_grad():
+        bound(op)(*arguments)
+
+
+def test_public_optimizer_steps_take_parameters_in_grad_mode() -> None:
+    parameter = torch.nn.Parameter(torch.ones(300))
+    states = [[torch.zeros(300)] for _ in range(2)]
+    ops.optimizer_step_32bit(
+        "adamw", [parameter], [torch.ones(300)], *states, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1
+    )
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), 0.9))
+
+
+def test_frozen_inputs_get_no_gradient_and_cost_no_memory() -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8)
+    y = ops.rms_norm(x, weight)
+    y.sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_double_backward_of_gemm() -> None:
+    x, w = (torch.randn(4, 6, dtype=torch.float32, requires_grad=True) for _ in range(2))
+
+    def second(product: Any) -> Tensor:
+        (dx,) = torch.autograd.grad(product(x, w).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), w)[0]
+
+    torch.testing.assert_close(second(ops.gemm), second(F.linear))
