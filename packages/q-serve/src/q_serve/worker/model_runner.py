@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from q_serve.core.scheduler import ScheduledRequest
+from q_serve.models.config import ModelConfig
 from q_serve.models.layers import KVCache, RopeTables, Step
 from q_serve.models.llama import LlamaForCausalLM
 from q_serve.models.rope import rope_tables
 from q_serve.worker.sampler import Draw, sample
 
 
-def kv_block_bytes(model: LlamaForCausalLM, block_size: int, dtype: torch.dtype) -> int:
+def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one cache block over all layers, keys and values together."""
-    config = model.config
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
