@@ -1,4 +1,4 @@
-"""The Python examples of every README run as they stand."""
+"""The Python examples of every README and of every page of the documentation run as they stand."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def examples() -> list[pytest.ParameterSet]:
-    """The Python blocks of each README, in order: later ones may use what earlier ones define."""
-    readmes = [ROOT / "README.md", *sorted(ROOT.glob("*/q-*/README.md"))]
-    found = {readme: BLOCK.findall(readme.read_text()) for readme in readmes if readme.exists()}
-    return [pytest.param("\n".join(blocks), id=str(readme.parent.name)) for readme, blocks in found.items() if blocks]
+    """The Python blocks of each page, in order: later ones may use what earlier ones define."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("*/q-*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+    found = {page.relative_to(ROOT): BLOCK.findall(page.read_text()) for page in pages}
+    return [pytest.param("\n".join(blocks), id=str(page)) for page, blocks in found.items() if blocks]
 
 
 @pytest.mark.parametrize("code", examples())
 def test_examples_run(code: str, tmp_path: Path) -> None:
-    program = tmp_path / "readme.py"
+    program = tmp_path / "page.py"
     program.write_text(code)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from q_core.backend import Availability, Backend, BackendConflictError, BackendError, NoBackendError, impl
     from q_core.dispatch import bound, use_backends
     from q_core.explanation import Explanation, explain
+    from q_core.formats.four_bit import FourBit
+    from q_core.formats.int8_rows import Int8Rows
+    from q_core.formats.quantized_tensor import QuantizedTensor
 
 _WHERE = {
     "Availability": "q_core.backend",
@@ -21,7 +24,10 @@ _WHERE = {
     "BackendConflictError": "q_core.backend",
     "BackendError": "q_core.backend",
     "Explanation": "q_core.explanation",
+    "FourBit": "q_core.formats.four_bit",
+    "Int8Rows": "q_core.formats.int8_rows",
     "NoBackendError": "q_core.backend",
+    "QuantizedTensor": "q_core.formats.quantized_tensor",
     "bound": "q_core.dispatch",
     "explain": "q_core.explanation",
     "impl": "q_core.backend",
@@ -36,7 +42,10 @@ __all__ = [
     "BackendConflictError",
     "BackendError",
     "Explanation",
+    "FourBit",
+    "Int8Rows",
     "NoBackendError",
+    "QuantizedTensor",
     "bound",
     "explain",
     "impl",
