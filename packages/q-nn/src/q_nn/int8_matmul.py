@@ -26,7 +26,7 @@ def int8_matmul(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | N
     if torch.is_autocast_enabled(kind):
         x_TK = x_TK.to(torch.get_autocast_dtype(kind))
     if torch.is_grad_enabled():
-        result: Tensor = _Int8Matmul.apply(x_TK, codes_NK, absmax, bias)
+        result: Tensor = _Int8Matmul.apply(x_TK, codes_NK, absmax, bias)  # type: ignore[no-untyped-call]
         return result
     return _product(x_TK, codes_NK, absmax, bias)
 

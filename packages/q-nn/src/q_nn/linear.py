@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from q_core.formats.quantized_tensor import QuantizedTensor, resolve
 from q_core.formats.weight_format import WeightFormat
 from q_nn.int8_matmul import int8_matmul
 from q_nn.state_hooks import install
+
+Activations = Literal["int8", "native"]
 
 
 class QuantizedLinear(nn.Linear):
@@ -179,15 +181,16 @@ class LinearFP4(_FixedType):
 
 
 class Linear8bitLt(QuantizedLinear):
-    """A linear layer that multiplies in int8: LLM.int8() (arXiv 2208.07339) without outlier columns.
+    """A linear layer with int8 weight rows, one scale each: LLM.int8() (arXiv 2208.07339) without outlier columns.
 
-    Weight rows hold one scale each; rows of the input are quantized on the way in, the products are summed exactly in int32. The
-    gradient of the input goes through the decoded weight, as if the input had not been rounded.
+    Rows of the input are quantized on the way in, and the products are summed exactly in int32. The gradient of the input goes through
+    the decoded weight, as if the input had not been rounded.
 
     Args:
         in_features, out_features: sizes of input and output.
         bias: whether there is a bias; it is not quantized.
         device, dtype: of the weight before it is quantized, and of the bias.
+        activations: "int8" as above, or "native": the input isn't rounded, which is slower and nearer to the original layer.
     """
 
     def __init__(
@@ -197,22 +200,47 @@ class Linear8bitLt(QuantizedLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activations: Activations = "int8",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, format=Int8Rows())
+        self.activations = activations
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Self:
+    def from_linear(cls, linear: nn.Linear, *, activations: Activations = "int8") -> Self:
         """Quantize the weight of a linear layer; the bias is shared with it.
 
         Raises:
             ValueError: the weight has an element that is not finite.
         """
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, Int8Rows()))
+        layer = cls._around(linear, QuantizedTensor.quantize(linear.weight, Int8Rows()))
+        layer.activations = activations
+        return layer
+
+    @property
+    def activations(self) -> Activations:
+        """How the input takes part in the product."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: Activations) -> None:
+        if activations not in get_args(Activations):
+            raise ValueError(f"Linear8bitLt: activations is {activations!r}, expected one of {get_args(Activations)}")
+        self._activations = activations
+
+    def _hold(self, weight: QuantizedTensor) -> None:
+        super()._hold(weight)
+        self.activations = "int8"
 
     def accepts_format(self, format: WeightFormat) -> bool:
         return isinstance(format, Int8Rows)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activations={self.activations!r}"
+
     def forward(self, input: Tensor) -> Tensor:
+        if self._activations == "native":
+            return super().forward(input)
         weight: Any = self.weight
         return int8_matmul(input, weight.codes, weight.absmax, self.bias)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES

@@ -57,30 +57,36 @@ def _unflatten(
     unexpected_keys: list[str],
     error_messages: list[str],
 ) -> None:
-    for name, target in module._parameters.items():
+    for name, target in list(module._parameters.items()):
         key = prefix + name
         if target is None or not isinstance(state.get(key), Tensor):
             continue
-        keys = flat_keys(key, state)
+        keys: tuple[str, ...] = (key,)
         try:
-            if keys:
-                loaded = from_flat(key, state, dtype=target.dtype)
-                if not accepts(module, loaded.format):
-                    raise ValueError(f"checkpoint: {key} is held as {loaded.format}, which {type(module).__name__} doesn't take")
-            elif isinstance(target, QuantizedTensor) and not isinstance(state[key], QuantizedTensor):
-                if state[key].shape != target.shape:
-                    continue  # torch reports the mismatch
-                loaded = QuantizedTensor.quantize(state[key], target.format)
-            else:
-                continue
+            keys = flat_keys(key, state) or keys
+            loaded = _read(module, key, target, state)
         except (TypeError, ValueError) as error:
             error_messages.append(str(error))
             loaded = target  # the weight stays as it was, and isn't reported as missing on top
-        for flat_key in keys:
-            del state[flat_key]
-        state[key] = loaded
+        if loaded is not None:
+            for flat_key in keys:
+                del state[flat_key]
+            state[key] = loaded
         if isinstance(loaded, QuantizedTensor) and loaded.shape == target.shape:
             module._parameters[name] = _target_for(loaded, target)
+
+
+def _read(module: nn.Module, key: str, target: Tensor, state: dict[str, Any]) -> Tensor | None:
+    """The quantized tensor at a key, from flat or from dense; ``None`` where torch can do the whole job."""
+    if flat_keys(key, state):
+        loaded = from_flat(key, state, dtype=target.dtype)
+        if not accepts(module, loaded.format):
+            raise ValueError(f"checkpoint: {key} is held as {loaded.format}, which {type(module).__name__} doesn't take")
+        return loaded
+    dense = state[key]
+    if isinstance(target, QuantizedTensor) and not isinstance(dense, QuantizedTensor) and dense.shape == target.shape:
+        return QuantizedTensor.quantize(dense, target.format)
+    return None
 
 
 def _target_for(loaded: QuantizedTensor, target: Tensor) -> nn.Parameter:

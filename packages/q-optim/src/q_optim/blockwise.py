@@ -17,8 +17,8 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from q_core import ops
 from q_core.formats.codebooks import dynamic_map, dynamic_map_values
-from q_core.ops.optim import OptimizerName
 from q_core.specs.check import BLOCKSIZES, FLOATS
+from q_core.specs.optim import OptimizerName
 
 _STATE_KEYS = {
     8: ("step", "state1", "state2", "absmax1", "absmax2"),
@@ -88,9 +88,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for (device, bits, step), bucket in buckets.items():
             self._update_bucket(group, bucket, device, bits, step)
 
-    def _update_bucket(
-        self, group: dict[str, Any], params: list[Tensor], device: torch.device, bits: int, step: int
-    ) -> None:
+    def _update_bucket(self, group: dict[str, Any], params: list[Tensor], device: torch.device, bits: int, step: int) -> None:
         # The ops walk memory flat, so a parameter that isn't contiguous (channels_last, say) is updated in a copy and written back.
         flat = [param if param.is_contiguous() else param.contiguous() for param in params]
         grads = [param.grad.contiguous() for param in params if param.grad is not None]
@@ -144,7 +142,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         name = f"{type(self).__name__}.load_state_dict"
         groups, states = state_dict["param_groups"], dict(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError(f"{name}: the saved groups don't have as many parameters as this optimizer's; build it on the same model")
+            raise ValueError(
+                f"{name}: the saved groups don't have as many parameters as this optimizer's; build it on the same model"
+            )
         checked = []
         for saved, own in zip(groups, self.param_groups, strict=True):
             missing = set(self.defaults) - set(saved)

@@ -66,7 +66,9 @@ def to_flat(key: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         layout = torch.tensor(_ROW_MAJOR, dtype=torch.uint8)
         return {key: components["codes"], scale_key: components["absmax"], layout_key: layout}
     if not isinstance(format, FourBit):
-        raise TypeError(f"to_flat: {key} is held as {format}, which bitsandbytes' layout doesn't have; expected FourBit or Int8Rows")
+        raise TypeError(
+            f"to_flat: {key} is held as {format}, which bitsandbytes' layout doesn't have; expected FourBit or Int8Rows"
+        )
     description: dict[str, Any] = {
         "quant_type": format.quant_type,
         "blocksize": format.blocksize,
@@ -162,9 +164,7 @@ def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> Qua
     components["absmax"] = _take(state, f"{key}.absmax", torch.uint8, (blocks,))
     components["nested_absmax"] = _take(state, f"{key}.nested_absmax", torch.float32, (-(-blocks // nested_blocksize),))
     components["nested_offset"] = torch.tensor(offset, dtype=torch.float32, device=state[key].device)
-    return QuantizedTensor.from_components(
-        components, FourBit(quant_type, blocksize, nested_blocksize), shape=shape, dtype=dtype
-    )
+    return QuantizedTensor.from_components(components, FourBit(quant_type, blocksize, nested_blocksize), shape=shape, dtype=dtype)
 
 
 def _quant_state_key(key: str, state: Mapping[str, Tensor]) -> str | None:

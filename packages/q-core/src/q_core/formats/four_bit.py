@@ -119,9 +119,7 @@ class FourBit(WeightFormat):
             dtype,
         )
 
-    def rows(
-        self, resolved: Components, shape: Sequence[int], start: int, stop: int
-    ) -> tuple[FourBit, dict[str, Tensor]]:
+    def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[FourBit, dict[str, Tensor]]:
         row = math.prod(shape[1:])
         first, last = start * row, stop * row
         if first % self.blocksize or (last % self.blocksize and stop != shape[0]):

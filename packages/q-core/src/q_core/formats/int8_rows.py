@@ -46,9 +46,7 @@ class Int8Rows(WeightFormat):
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return _decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
 
-    def rows(
-        self, resolved: Components, shape: Sequence[int], start: int, stop: int
-    ) -> tuple[Int8Rows, dict[str, Tensor]]:
+    def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[Int8Rows, dict[str, Tensor]]:
         return self, {"codes": resolved["codes"][start:stop], "absmax": resolved["absmax"][start:stop]}
 
 

@@ -70,7 +70,9 @@ class QuantizedTensor(torch.Tensor):
         dense = dense.detach()
         if not dense.is_meta and not bool(torch.isfinite(dense).all()):
             count = int((~torch.isfinite(dense)).sum())
-            raise ValueError(f"QuantizedTensor.quantize: {count} of {dense.numel()} elements are NaN or infinite, expected finite ones")
+            raise ValueError(
+                f"QuantizedTensor.quantize: {count} of {dense.numel()} elements are NaN or infinite, expected finite ones"
+            )
         return cls(format.quantize(dense), format, dense.shape, dense.dtype)
 
     @classmethod
@@ -113,11 +115,11 @@ class QuantizedTensor(torch.Tensor):
         own = {id(component) for component in self.components.values()}
         return sum(component.nbytes for component in self._resolved[1].values() if id(component) not in own)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The dense weight, of this tensor's shape and dtype."""
         return self.format.dequantize(resolve(self), self.shape, self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     # --- copies and pickles: components only, whatever is derived stays behind --------------------------------------------
@@ -156,7 +158,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = _OPERATORS.get(func)
@@ -220,9 +222,7 @@ def _unsupported(operation: object, why: str = "is not defined for a QuantizedTe
     raise ValueError(f"{operation} {why}; call .dequantize() on it first")
 
 
-def _map(
-    tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None
-) -> QuantizedTensor:
+def _map(tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None) -> QuantizedTensor:
     if dtype is not None:
         _check_dtype("QuantizedTensor.to: dtype", dtype)
     components = {name: function(component) for name, component in tensor.components.items()}
@@ -319,7 +319,9 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
     if not isinstance(source, QuantizedTensor):
         source = QuantizedTensor.quantize(source.to(target.device), target.format)
     if source.format != target.format:
-        raise ValueError(f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source")
+        raise ValueError(
+            f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source"
+        )
     for name, component in target.components.items():
         component.copy_(getattr(source, name), non_blocking)
     target._resolved = None
@@ -338,10 +340,8 @@ def _slice(
     first, last, _ = slice(start, end).indices(size)
     if step != 1 or (dim % tensor.ndim and (first, last) != (0, size)):
         _unsupported("slice", "takes whole rows of a QuantizedTensor only, with step 1 along the first axis")
-    if (first, last) == (0, size):
-        result = _map(tensor, torch.ops.aten.alias.default)
-    else:
-        result = _rows(tensor, first, max(first, last))
+    whole = (first, last) == (0, size)
+    result = _map(tensor, aten.alias.default) if whole else _rows(tensor, first, max(first, last))
     return return_and_correct_aliasing(func, (tensor, dim, start, end, step), {}, result)
 
 

@@ -59,9 +59,7 @@ class WeightFormat(ABC):
         """Decode the rows ``ids`` [...] of the weight [V, K]: [..., K]."""
 
     @abstractmethod
-    def rows(
-        self, resolved: Components, shape: Sequence[int], start: int, stop: int
-    ) -> tuple[WeightFormat, dict[str, Tensor]]:
+    def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[WeightFormat, dict[str, Tensor]]:
         """The rows ``start…stop-1`` of the first axis: their format and components.
 
         Raises:

@@ -1,0 +1,144 @@
+"""The ``quantization_config`` of a Hugging Face config.json, in transformers' dialect for bitsandbytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.weight_format import WeightFormat
+from q_nn.linear import Activations, Linear8bitLt
+from q_nn.patterns import check_patterns, matching
+
+_SAVED_BLOCKSIZE = 64
+"""What the dialect leaves out because it never differs; the checkpoint itself says it again, and is believed."""
+
+_KNOWN = {
+    "quant_method",
+    "load_in_4bit",
+    "load_in_8bit",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_enable_fp32_cpu_offload",  # where transformers puts modules
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",  # our products take the activations' dtype and sum in float32 whatever it is
+    "bnb_4bit_quant_storage",  # the dtype that the codes' bytes are viewed as, which a tensor says itself
+    "_load_in_4bit",
+    "_load_in_8bit",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BitsAndBytesConfig:
+    """What of a ``quantization_config`` matters here.
+
+    Attributes:
+        format: of the quantized weights; the blocksize is what checkpoints use, each weight may say another.
+        activations: for int8 weights, see :class:`q_nn.Linear8bitLt`.
+        skip: patterns of module names (:mod:`q_nn.patterns`); ``None`` for transformers' defaults.
+    """
+
+    format: WeightFormat
+    activations: Activations
+    skip: tuple[str, ...] | None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
+        """Read the dialect.
+
+        Raises:
+            ValueError, TypeError: a key is unknown, or a value isn't supported; the message names it.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"quantization_config is {type(config).__name__}, expected an object")
+        if config.get("quant_method") != "bitsandbytes":
+            raise ValueError(f"quantization_config: quant_method is {config.get('quant_method')!r}, expected 'bitsandbytes'")
+        if unknown := sorted(set(config) - _KNOWN):
+            raise ValueError(f"quantization_config: unknown keys {unknown}, expected some of {sorted(_KNOWN)}")
+        four, eight = (_flag(config, key, default=False) for key in ("load_in_4bit", "load_in_8bit"))
+        if four == eight:
+            raise ValueError(f"quantization_config: load_in_4bit is {four} and load_in_8bit is {eight}, expected one of them")
+        if _flag(config, "llm_int8_has_fp16_weight", default=False):
+            raise ValueError("quantization_config: llm_int8_has_fp16_weight is true, expected false; quantize the weights first")
+        skip = config.get("llm_int8_skip_modules")
+        if skip is not None:
+            skip = check_patterns("quantization_config: llm_int8_skip_modules", skip)
+        if eight:
+            return cls(Int8Rows(), _activations(config.get("llm_int8_threshold", 6.0)), skip)
+        nested = _flag(config, "bnb_4bit_use_double_quant", default=False)
+        quant_type = config.get("bnb_4bit_quant_type", "fp4")
+        return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), "native", skip)
+
+
+def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Describe a model's quantized layers in the dialect; ``None`` if it has none.
+
+    Args:
+        model: its layers of one kind: the dialect knows one type for all.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: the layers are of several kinds.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer.weight, QuantizedTensor)}
+    if not quantized:
+        return None
+    kinds = {_kind(layer) for layer in quantized.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"save_pretrained: layers are quantized as {sorted(map(str, kinds))}; config.json can say one kind only")
+    (settings,) = kinds
+    return {
+        "quant_method": "bitsandbytes",
+        **dict(settings),
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [_name_exactly(name, quantized) for name in layers if name not in quantized],
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def _kind(layer: nn.Linear) -> tuple[tuple[str, Any], ...]:
+    """The settings that all layers must share."""
+    weight = layer.weight
+    assert isinstance(weight, QuantizedTensor)
+    if isinstance(weight.format, FourBit):
+        return (
+            ("load_in_4bit", True),
+            ("load_in_8bit", False),
+            ("bnb_4bit_quant_type", weight.format.quant_type),
+            ("bnb_4bit_use_double_quant", weight.format.nested_blocksize is not None),
+        )
+    rounded = isinstance(layer, Linear8bitLt) and layer.activations == "int8"
+    return (("load_in_4bit", False), ("load_in_8bit", True), ("llm_int8_threshold", 0.0 if rounded else 6.0))
+
+
+def _name_exactly(name: str, quantized: Mapping[str, nn.Module]) -> str:
+    """A pattern that means this module and none that is quantized."""
+    if any(matching(other, (name,)) for other in quantized):
+        return re.escape(name) + "$"
+    return name
+
+
+def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise TypeError(f"quantization_config: {key} is {value!r}, expected true or false")
+    return value
+
+
+def _activations(threshold: object) -> Activations:
+    """A threshold above 0 asks for outlier columns; until they are there, activations that aren't rounded are the nearer choice."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
+        raise ValueError(f"quantization_config: llm_int8_threshold is {threshold!r}, expected a number of 0 or more")
+    return "native" if threshold else "int8"

@@ -1,0 +1,84 @@
+"""Put quantized layers where a checkpoint has quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_nn.hf_config import BitsAndBytesConfig
+from q_nn.layers import around, replace_module
+from q_nn.linear import Linear8bitLt
+from q_nn.patterns import matching
+
+
+def replace_linears(
+    model: nn.Module, quantization_config: Mapping[str, Any], *, linear_types: Sequence[type[nn.Linear]] = (nn.Linear,)
+) -> tuple[str, ...]:
+    """Swap the linear layers that a ``quantization_config`` means for quantized ones, empty and ready to be loaded.
+
+    Which those are is decided as transformers does: ``llm_int8_skip_modules`` if given, else tied weights, the output layer and the last
+    module are skipped; so are the modules that the model keeps in float32 (``_keep_in_fp32_modules``).
+
+    Args:
+        model: on the meta device or any other; mutated.
+        quantization_config: of config.json, in transformers' dialect for bitsandbytes.
+        linear_types: exact classes to swap; a subclass of ``nn.Linear`` may compute something else, so it has to be named.
+
+    Returns:
+        Names of the layers that were swapped.
+
+    Raises:
+        ValueError, TypeError: a setting is unknown or not supported; nothing is changed then.
+    """
+    chosen = plan_replacements(model, BitsAndBytesConfig.from_dict(quantization_config), linear_types)
+    for old, new in chosen.values():
+        replace_module(model, old, new)
+    return tuple(chosen)
+
+
+def plan_replacements(
+    model: nn.Module, config: BitsAndBytesConfig, linear_types: Sequence[type[nn.Linear]] = (nn.Linear,)
+) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+    """The layers to swap and what for, by name; nothing is changed."""
+    skip = [
+        *(_default_skips(model) if config.skip is None else config.skip),
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+    ]
+    tied = _tied_parameters(model)
+    chosen: dict[str, tuple[nn.Linear, nn.Linear]] = {}
+    for name, module in model.named_modules():
+        if type(module) not in linear_types or matching(name, skip) is not None or f"{name}.weight" in tied:
+            continue
+        assert isinstance(module, nn.Linear)
+        chosen[name] = module, _empty_layer(module, config)
+    return chosen
+
+
+def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
+    weight = linear.weight
+    layer = around(linear, QuantizedTensor.empty(weight.shape, config.format, dtype=weight.dtype, device=weight.device))
+    if isinstance(layer, Linear8bitLt):
+        layer.activations = config.activations
+    return layer
+
+
+def _tied_parameters(model: nn.Module) -> set[str]:
+    """Names of parameters that go by more than one, each of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _default_skips(model: nn.Module) -> set[str]:
+    """What transformers leaves alone where the config doesn't say: tied weights, the last module, the output layer."""
+    keys = _tied_parameters(model)
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():  # on the meta device they aren't tied yet
+        keys.update(pair)
+    keys.add(list(model.named_parameters())[-1][0])
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {name for name, module in model.named_modules() if output is not None and module is output}
+    return names | {key.removesuffix(".weight") for key in keys}
