@@ -74,7 +74,9 @@ def _cache_size(options: EngineOptions, config: ModelConfig, dtype: torch.dtype)
     block_bytes = kv_block_bytes(config, options.block_size, dtype)
     wanted = options.max_model_len or config.max_position_embeddings
     if wanted > config.max_position_embeddings:
-        raise ModelError(f"max_model_len is {wanted}, but the model was made for {config.max_position_embeddings} (max_position_embeddings)")
+        raise ModelError(
+            f"max_model_len is {wanted}, but the model was made for {config.max_position_embeddings} (max_position_embeddings)"
+        )
     if config.sliding_window is not None and wanted > config.sliding_window:
         raise ModelError(
             f"{options.model}: sliding_window is {config.sliding_window}, which q-serve supports only where it doesn't matter: "
@@ -84,7 +86,9 @@ def _cache_size(options: EngineOptions, config: ModelConfig, dtype: torch.dtype)
     # Memory beyond what all running requests could use would never be touched.
     num_blocks = options.num_blocks or min(options.kv_cache_memory // block_bytes, needed * options.max_requests)
     if num_blocks < 1:
-        raise ModelError(f"kv_cache_memory is {options.kv_cache_memory} bytes, but one block of {options.block_size} tokens needs {block_bytes}")
+        raise ModelError(
+            f"kv_cache_memory is {options.kv_cache_memory} bytes, but one block of {options.block_size} tokens needs {block_bytes}"
+        )
     if num_blocks >= needed:
         return num_blocks, wanted
     length = num_blocks * options.block_size

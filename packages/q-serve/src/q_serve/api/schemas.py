@@ -149,8 +149,8 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # all are integers then
-        return list(self.prompt)  # type: ignore[arg-type]  # none is an integer then
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
 class ChatMessage(_Strict):
@@ -171,7 +171,7 @@ class ChatMessage(_Strict):
         if not isinstance(content, list):
             return content
         for part in content:
-            if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)):
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) and len(part) == 2):
                 raise ValueError('expected text, or a list of parts {"type": "text", "text": …}; this model reads text only')
         return "\n".join(part["text"] for part in content)
 
@@ -197,7 +197,9 @@ class ChatRequest(GenerationRequest):
     @property
     def unknown_fields(self) -> list[str]:
         """Also those of messages."""
-        return super().unknown_fields + [f"messages.{index}.{name}" for index, message in enumerate(self.messages) for name in message.model_extra or {}]
+        return super().unknown_fields + [
+            f"messages.{index}.{name}" for index, message in enumerate(self.messages) for name in message.model_extra or {}
+        ]
 
 
 RequestType = TypeVar("RequestType", bound=GenerationRequest)

@@ -92,9 +92,12 @@ class Service:
         self, request: GenerationRequest, prompts: Sequence[list[int]], limit: int | None, *, default: int | None, param: str
     ) -> Answer:
         if len(prompts) * request.n > MAX_N * 4:
-            raise bad_request(f"n: {request.n} choices of {len(prompts)} prompts are too many, expected at most {MAX_N * 4}", param="n")
+            raise bad_request(
+                f"n: {request.n} choices of {len(prompts)} prompts are too many, expected at most {MAX_N * 4}", param="n"
+            )
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        requests, choices = [], []
+        requests: list[Request] = []
+        choices: list[Choice] = []
         for prompt in prompts:
             max_tokens = self._max_tokens(len(prompt), limit, default, param)
             for _ in range(request.n):

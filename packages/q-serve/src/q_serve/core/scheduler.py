@@ -124,7 +124,9 @@ class Scheduler:
             batch.append(ScheduledRequest(request, request.num_computed, end))
 
         # What was just taken from a running request isn't given to a new one.
-        while self._waiting and budget > 0 and len(self._running) < self.config.max_requests and self.num_preemptions == preemptions:
+        while (
+            self._waiting and budget > 0 and len(self._running) < self.config.max_requests and self.num_preemptions == preemptions
+        ):
             request = self._waiting[0]
             if not self._admit(request):
                 break

@@ -148,7 +148,9 @@ def read_llama_config(
     if num_heads % num_kv_heads:
         raise reader.error(f"num_attention_heads is {num_heads}, expected a multiple of num_key_value_heads, {num_kv_heads}")
     if raw.get("head_dim") is None and hidden_size % num_heads:
-        raise reader.error(f"hidden_size is {hidden_size}, expected a multiple of num_attention_heads, {num_heads}, without head_dim")
+        raise reader.error(
+            f"hidden_size is {hidden_size}, expected a multiple of num_attention_heads, {num_heads}, without head_dim"
+        )
     head_dim = reader.size("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise reader.error(f"head_dim is {head_dim}, expected an even number, since components rotate in pairs")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from q_core import ops
 from torch import Tensor, nn
 
+from q_core import ops
 from q_serve.models.config import ModelConfig
 
 
@@ -40,8 +40,8 @@ class Step:
 class KVCache:
     """One layer's keys and values, each [B, G, S, D]."""
 
-    k_BGSD: Tensor
-    v_BGSD: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ class Attention(nn.Module):
         k_TGD = self.k_proj(x_TK).view(T, -1, self.head_dim)
         v_TGD = self.v_proj(x_TK).view(T, -1, self.head_dim)
         q_THD, k_TGD = ops.rotary_embedding(q_THD, k_TGD, step.positions, rope.cos, rope.sin)
-        ops.write_kv(k_TGD, v_TGD, cache.k_BGSD, cache.v_BGSD, step.slot_mapping)
+        ops.write_kv(k_TGD, v_TGD, cache.keys, cache.values, step.slot_mapping)
         out_THD = ops.paged_attention(
             q_THD,
-            cache.k_BGSD,
-            cache.v_BGSD,
+            cache.keys,
+            cache.values,
             step.block_tables,
             step.query_start,
             step.seq_lens,

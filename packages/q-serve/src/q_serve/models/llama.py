@@ -88,9 +88,7 @@ class LlamaForCausalLM(nn.Module):
 def llama_config(reader: ConfigReader) -> ModelConfig:
     """Llama: one flag for all of attention's biases, one for the MLP's."""
     bias = reader.flag("attention_bias")
-    return read_llama_config(
-        reader, qkv_bias=bias, output_bias=bias, mlp_bias=reader.flag("mlp_bias"), sliding_window=None
-    )
+    return read_llama_config(reader, qkv_bias=bias, output_bias=bias, mlp_bias=reader.flag("mlp_bias"), sliding_window=None)
 
 
 def mistral_config(reader: ConfigReader) -> ModelConfig:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import q_nn
 import torch
 from torch import Tensor, nn
 
+import q_nn
 from q_serve.errors import ModelError
+from q_serve.models.layers import Linear
 
 
 def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *, name: str) -> None:
@@ -25,9 +26,11 @@ def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *,
     """
     method = quantization_config.get("quant_method")
     if method != "bitsandbytes":
-        raise ModelError(f"{name}: quantization_config.quant_method is {method!r}, which q-serve does not support (only 'bitsandbytes')")
+        raise ModelError(
+            f"{name}: quantization_config.quant_method is {method!r}, which q-serve does not support (only 'bitsandbytes')"
+        )
     try:
-        q_nn.replace_linears(model, dict(quantization_config))
+        q_nn.replace_linears(model, quantization_config, linear_types=(Linear,))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
 

@@ -59,7 +59,7 @@ class RopeConfig:
 
         def number(key: str) -> float:
             value = parameters.get(key)
-            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
                 raise ModelError(f"{path}: {name}.{key} is {value!r}, expected a positive number")
             return float(value)
 

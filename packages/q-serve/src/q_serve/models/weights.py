@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # it has no stubs
 
 from q_serve.errors import ModelError
 from q_serve.json_file import read_json
@@ -102,9 +102,11 @@ def load_weights(model: nn.Module, directory: Path, *, dtype: torch.dtype, devic
         load_quantized(module, parts.pop(owner), name=f"{directory}: {owner}", dtype=dtype, device=device)
     for name, source in tied.items():
         if name in repeated and not torch.equal(repeated[name], model.get_parameter(source)):
-            raise ModelError(f"{tensors[name]}: {name} differs from {source}, but config.json says they are tied (tie_word_embeddings)")
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, model.get_parameter(source))
+            raise ModelError(
+                f"{tensors[name]}: {name} differs from {source}, but config.json says they are tied (tie_word_embeddings)"
+            )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(source))
 
 
 def _shards(index: Path) -> list[Path]:

@@ -65,7 +65,9 @@ class ChatTemplate:
         path = directory / "chat_template.jinja"
         source: Any = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
         if isinstance(source, list):  # several named ones
-            source = next((entry.get("template") for entry in source if isinstance(entry, dict) and entry.get("name") == "default"), None)
+            source = next(
+                (entry.get("template") for entry in source if isinstance(entry, dict) and entry.get("name") == "default"), None
+            )
         if source is None:
             return None
         if not isinstance(source, str):
@@ -90,7 +92,8 @@ class ChatTemplate:
         if mark is None:
             raise ValueError("messages hold every one of the private-use characters U+F0000…U+F003F; leave one out")
         marked = [
-            {key: value if key == "role" else _mark(value, special_tokens, mark) for key, value in message.items()} for message in messages
+            {key: value if key == "role" else _mark(value, special_tokens, mark) for key, value in message.items()}
+            for message in messages
         ]
         try:
             text = self._template.render(messages=marked, add_generation_prompt=True, **self._variables)
@@ -131,11 +134,9 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 class _GenerationTag(Extension):
     """``{% generation %} … {% endgeneration %}`` marks what an assistant said, for training; here it is just its contents."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # declared so by jinja
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
-
-

@@ -86,7 +86,9 @@ class ModelRunner:
             request, span = scheduled.request, range(scheduled.start, scheduled.end)
             input_ids += request.tokens[scheduled.start : scheduled.end]
             positions += span
-            slots += [request.blocks[position // self.block_size] * self.block_size + position % self.block_size for position in span]
+            slots += [
+                request.blocks[position // self.block_size] * self.block_size + position % self.block_size for position in span
+            ]
             query_start.append(len(input_ids))
             tables.append(request.blocks + [0] * (widest - len(request.blocks)))
         step = Step(

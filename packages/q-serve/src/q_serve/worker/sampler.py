@@ -63,7 +63,8 @@ def _sample_all(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _sample_truncated(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Sample from the most likely tokens, by top_k and top_p."""
-    probabilities, order = _probabilities(logits_RV, draws).sort(dim=-1, descending=True, stable=True)
+    ordered_RV, order = logits_RV.sort(dim=-1, descending=True, stable=True)
+    probabilities = _probabilities(ordered_RV, draws)
     V = logits_RV.shape[-1]
     top_k = _column([draw.params.top_k or V for draw in draws], logits_RV)
     top_p = _column([draw.params.top_p for draw in draws], logits_RV)
