@@ -75,7 +75,7 @@ TensorView::TensorView(py::handle object, const Argument& argument) : argument_(
   } else {
     read_attributes(object);
   }
-  if (!contiguous_) bad_value(argument_, "is not contiguous; pass argument.contiguous()");
+  if (!contiguous_) bad_value(argument_, "is not contiguous; pass a contiguous copy");
   if (scalar_ == Scalar::other || numel_ == 0) return;
   if (data_ == nullptr) bad_value(argument_, "has no storage, expected a dense CPU tensor");
   if (reinterpret_cast<uintptr_t>(data_) % (facts(scalar_).bits / 8) != 0) {

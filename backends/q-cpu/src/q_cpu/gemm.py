@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from q_core.backend import impl
 from torch import Tensor
 
+from q_core.backend import impl
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype
 

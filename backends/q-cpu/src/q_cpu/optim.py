@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from q_core.backend import impl
 from torch import Tensor
 
+from q_core.backend import impl
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype, decline_in_place
 
@@ -70,6 +70,4 @@ def optimizer_step_32bit(
     step: int,
 ) -> None:
     """Update parameters with optimizer states held in float32."""
-    _STEP_32BIT[name](
-        params, [grad.contiguous() for grad in grads], state1, state2, lr, beta1, beta2, eps, weight_decay, step
-    )
+    _STEP_32BIT[name](params, [grad.contiguous() for grad in grads], state1, state2, lr, beta1, beta2, eps, weight_decay, step)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from q_core.backend import impl
 from torch import Tensor
 
+from q_core.backend import impl
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 
 import torch
-from q_core.formats.codebooks import FOUR_BIT_BOOKS
 
+from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_cpu import _native as native
 from q_cpu import environment, openmp
 

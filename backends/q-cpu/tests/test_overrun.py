@@ -1,0 +1,138 @@
+"""No kernel touches a byte outside its tensors: each ends, or begins, at a page that no one may read or write.
+
+An overrun ends the test process with a segmentation fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from q_core.formats.codebooks import dynamic_map
+from q_cpu.runtime import native
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+PAGE = mmap.PAGESIZE
+ROOM = 64 * PAGE
+SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
+u8, i8 = torch.uint8, torch.int8
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+Place = Callable[[Tensor], Tensor]
+
+
+class GuardedRegion:
+    """Memory between two forbidden pages, for one tensor at a time."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, ROOM + 2 * PAGE)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + PAGE
+        for page in (self._start - PAGE, self._start + ROOM):
+            if _libc.mprotect(page, PAGE, 0) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def place(self, tensor: Tensor, at_end: bool) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        assert size <= ROOM
+        if size == 0:
+            return tensor
+        address = self._start + (ROOM - size if at_end else 0)
+        placed = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=tensor.dtype).view(tensor.shape)
+        return placed.copy_(tensor)
+
+
+_regions = [GuardedRegion() for _ in range(12)]
+
+
+@pytest.fixture(params=["end", "begin"])
+def place(request: pytest.FixtureRequest) -> Callable[[], Place]:
+    """A placer of tensors in guarded memory, fresh for each call of a kernel."""
+
+    def fresh() -> Place:
+        free = iter(_regions)
+        return lambda tensor: next(free).place(tensor, request.param == "end")
+
+    return fresh
+
+
+# Every tail length that a vector, a chunk or a block can have, and then some of each longer kind.
+LENGTHS = [*range(1, 132), *range(250, 262), *range(505, 520), 767, 1000, 1023, 1024, 1025, 4095, 4097]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_blockwise(place, dtype):
+    for n in LENGTHS:
+        p, blocks = place(), -(-n // 32)
+        codes, absmax, book = p(torch.zeros(n, dtype=u8)), p(torch.zeros(blocks)), p(SIGNED)
+        native.quantize_blockwise(p(torch.randn(n).to(dtype)), book, 32, codes, absmax)
+        native.dequantize_blockwise(codes, absmax, book, 32, p(torch.zeros(n, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_4bit(place, dtype):
+    for n in LENGTHS:
+        p, blocks = place(), -(-n // 64)
+        packed, absmax = p(torch.zeros((n + 1) // 2, dtype=u8)), p(torch.zeros(blocks))
+        native.quantize_4bit(p(torch.randn(n).to(dtype)), 64, "nf4", packed, absmax)
+        native.dequantize_4bit(packed, absmax, 64, "nf4", p(torch.zeros(n, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_int8_rowwise(place, dtype):
+    for K in LENGTHS:
+        T = 3
+        for threshold in (0.0, 2.0):
+            p = place()
+            native.quantize_int8_rowwise(
+                p(torch.randn(T, K).to(dtype)),
+                threshold,
+                p(torch.zeros(T, K, dtype=i8)),
+                p(torch.zeros(T)),
+                p(torch.zeros(K, dtype=torch.bool)),
+            )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_4bit(place, dtype):
+    for K in [*range(1, 70), 511, 512, 513, 529, 1023]:
+        T, N = 1 + K % 6, 1 + K % 11
+        p = place()
+        packed = p(torch.randint(0, 256, (math.ceil(N * K / 2),), dtype=u8))
+        absmax = p(torch.rand(-(-N * K // 32)))
+        native.gemm_4bit(
+            p(torch.randn(T, K)), packed, absmax, 32, "fp4", T, N, K, p(torch.randn(N)), p(torch.zeros(T, N, dtype=dtype))
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8_gemm(place, dtype):
+    for K in LENGTHS[:150]:
+        T, N = 1 + K % 6, 1 + K % 7
+        p = place()
+        a, b = p(torch.randint(-128, 128, (T, K), dtype=i8)), p(torch.randint(-128, 128, (N, K), dtype=i8))
+        native.int8_gemm(a, b, p(torch.rand(T)), p(torch.rand(N)), T, N, K, p(torch.randn(N)), p(torch.zeros(T, N, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_optimizer_steps(place, dtype):
+    for n in LENGTHS:
+        p, blocks = place(), -(-n // 32)
+        param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
+        codes = [p(torch.zeros(n, dtype=u8)) for _ in range(2)]
+        scales = [p(torch.zeros(blocks)) for _ in range(2)]
+        books = p(SIGNED), p(UNSIGNED)
+        native.adamw_8bit(
+            [param], [grad], [codes[0]], [codes[1]], [scales[0]], [scales[1]], *books, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 32
+        )
+        moments = [p(torch.zeros(n)) for _ in range(2)]
+        native.adamw_32bit([param], [grad], [moments[0]], [moments[1]], 0.1, 0.9, 0.99, 1e-8, 0.1, 1)

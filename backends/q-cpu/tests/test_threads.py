@@ -1,0 +1,173 @@
+"""torch's threads: the same bits on any number of them, torch.set_num_threads obeyed, no second pool."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from q_core.formats.codebooks import dynamic_map
+from q_cpu import _native, gemm, openmp, optim, quantize
+from q_cpu.runtime import native
+
+SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
+
+
+def every_kernel() -> Iterator[Tensor]:
+    """Outputs of all kernels on inputs large enough to be shared out, of sizes that divide by nothing."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(517, 1031, generator=generator)
+    codes, absmax = quantize.quantize_blockwise(A, SIGNED, 256)
+    yield from (codes, absmax, quantize.dequantize_blockwise(codes, absmax, SIGNED, 256, torch.bfloat16))
+    packed, absmax = quantize.quantize_4bit(A, 64, "nf4")
+    yield from (packed, absmax, quantize.dequantize_4bit(packed, absmax, 64, "nf4", A.shape, torch.float16))
+    q, scale, outliers = quantize.quantize_int8_rowwise(A, 3.0)
+    yield from (q, scale, outliers)
+    x = torch.randn(70, 1031, generator=generator)
+    yield gemm.gemm_4bit(x, packed, absmax, 64, "nf4", A.shape, None)
+    x8, x_scale, _ = quantize.quantize_int8_rowwise(x, 0.0)
+    yield gemm.int8_gemm(x8, q, x_scale, scale, None, torch.float32)
+
+    params = [A.clone(), x.clone()]
+    grads = [torch.randn(p.shape, generator=generator) for p in params]
+    states = [[torch.zeros(p.shape, dtype=torch.uint8) for p in params] for _ in range(2)]
+    scales = [[torch.zeros(-(-p.numel() // 256)) for p in params] for _ in range(2)]
+    optim.optimizer_step_8bit("adamw", params, grads, *states, *scales, SIGNED, UNSIGNED, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 256)
+    moments = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
+    optim.optimizer_step_32bit("adamw", params, grads, *moments, 0.1, 0.9, 0.99, 1e-8, 0.1, 2)
+    for tensors in (params, *states, *scales, *moments):
+        yield from tensors
+
+
+def test_the_same_bits_on_any_number_of_threads(isa, threads):
+    threads(1)
+    alone = list(every_kernel())
+    for count in (2, 3, 7):
+        threads(count)
+        for shared, single in zip(every_kernel(), alone, strict=True):
+            assert torch.equal(shared, single)
+
+
+@pytest.fixture
+def counted() -> Iterator[list[int]]:
+    """What torch.get_num_threads answered to the native module."""
+    answers: list[int] = []
+
+    def get_num_threads() -> int:
+        answers.append(torch.get_num_threads())
+        return answers[-1]
+
+    address = openmp.gomp_parallel_address()
+    native.configure_threads(address, get_num_threads)
+    yield answers
+    native.configure_threads(address, torch.get_num_threads)
+
+
+def test_set_num_threads_is_obeyed_at_every_call(counted, threads):
+    A = torch.randn(1 << 20)
+    for count in (1, 2, 1, 3):
+        threads(count)
+        quantize.quantize_4bit(A, 64, "nf4")
+        assert counted[-1] == count
+
+
+def test_set_num_threads_is_obeyed_from_other_python_threads(counted, threads):
+    A = torch.randn(1 << 20)
+    threads(2)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        found.append(quantize.quantize_4bit(A, 64, "nf4")[0])
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert counted == [2, 2, 2, 2]
+    for packed in found:
+        assert torch.equal(packed, quantize.quantize_4bit(A, 64, "nf4")[0])
+
+
+def test_small_work_wakes_no_thread(counted):
+    quantize.quantize_4bit(torch.randn(1000), 64, "nf4")
+    assert counted == []
+
+
+def run(code: str, **environment: str) -> str:
+    """The output of a fresh interpreter."""
+    completed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to count threads and libraries")
+def test_there_is_no_second_pool():
+    code = """
+import os, re, torch
+torch.set_num_threads(3)
+x = torch.randn(1 << 20)
+(x * 2 + x.exp()).sum()  # torch's pool is up now
+def count(): return len(os.listdir("/proc/self/task"))
+before = count()
+from q_cpu import quantize
+quantize.quantize_4bit(x, 64, "nf4")
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"lib(gomp|iomp|omp)", line)}
+print(before >= 3, count() - before, len(runtimes))
+"""
+    assert run(code).split() == ["True", "0", "1"]
+
+
+def test_the_extension_links_no_openmp():
+    assert _native.__file__ is not None
+    binary = Path(_native.__file__).read_bytes()
+    for name in (b"libgomp", b"libiomp", b"libomp", b"libtorch", b"libc10"):
+        assert name not in binary
+
+
+def test_the_gil_is_released(threads):
+    """Another Python thread makes progress while a kernel runs."""
+    threads(1)
+    A = torch.randn(1 << 23)
+    ticks, done = 0, threading.Event()
+
+    def work() -> None:
+        for _ in range(3):
+            quantize.quantize_4bit(A, 64, "nf4")
+        done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10.0)  # so that the interpreter itself takes the lock from no one
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        while not done.wait(0.001):
+            ticks += 1
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert ticks >= 3
+
+
+def test_without_a_runtime_the_calling_thread_works_and_says_so(counted, caplog, monkeypatch: pytest.MonkeyPatch):
+    from q_cpu import runtime
+
+    monkeypatch.setattr(openmp, "gomp_parallel_address", lambda: None)
+    with caplog.at_level(logging.WARNING, logger="q.cpu"):
+        shares = runtime._share_threads()
+    assert not shares
+    assert "calling thread only" in caplog.text
+    monkeypatch.setattr(runtime, "_shares_threads", shares)
+    assert runtime.description().endswith("1 thread: found no OpenMP runtime of torch to share")
+    packed, _ = quantize.quantize_4bit(torch.randn(1 << 20), 64, "nf4")
+    assert packed.numel() == 1 << 19
