@@ -97,7 +97,7 @@ def install_wheels(session: nox.Session, group: str) -> None:
     pip_install(session, "torch")
     built = [str(wheel(session, folder)) for folder in DISTRIBUTIONS]
     # pip takes a wheel of the same version for the same wheel, and would keep the old one.
-    session.run("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
+    session.run_install("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
     pip_install(session, "--group", group, *built)
 
 
