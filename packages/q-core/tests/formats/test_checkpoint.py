@@ -1,0 +1,171 @@
+"""The flat layout, both ways, and everything in it that may lie."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from q_core.formats.checkpoint import flat_keys, from_flat, to_flat
+from q_core.formats.four_bit import FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.weight_format import WeightFormat
+
+KEY = "layers.0.up_proj.weight"
+STATE = f"{KEY}.quant_state.bitsandbytes__nf4"
+NESTED = FourBit("nf4", 64, 256)
+FORMATS = [FourBit(), NESTED, FourBit("fp4", 32), FourBit("fp4", 4096, 32), Int8Rows()]
+
+
+def make(format: WeightFormat, N: int = 6, K: int = 100, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    return QuantizedTensor.quantize(torch.randn(N, K).to(dtype), format)
+
+
+def described(flat: dict[str, Tensor]) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(bytes(flat[STATE].tolist()))
+    return parsed
+
+
+def encoded(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    N=st.integers(0, 8),
+    K=st.integers(1, 200),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_there_and_back(format: WeightFormat, N: int, K: int, dtype: torch.dtype) -> None:
+    weight = make(format, N, K, dtype)
+    flat = to_flat(KEY, weight)
+    assert set(flat_keys(KEY, flat)) == set(flat)
+    back = from_flat(KEY, flat | {"other": torch.zeros(1)}, dtype=dtype)
+    assert (back.format, back.shape, back.dtype) == (weight.format, weight.shape, weight.dtype)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+
+
+def test_layout() -> None:
+    flat = to_flat(KEY, make(NESTED))
+    assert {key.removeprefix(KEY): (tensor.dtype, list(tensor.shape)) for key, tensor in flat.items() if key != STATE} == {
+        "": (torch.uint8, [300, 1]),
+        ".absmax": (torch.uint8, [10]),
+        ".quant_map": (torch.float32, [16]),
+        ".nested_absmax": (torch.float32, [1]),
+        ".nested_quant_map": (torch.float32, [256]),
+    }
+    description = described(flat)
+    assert list(description) == ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
+    assert description["dtype"] == "bfloat16"
+    assert description["shape"] == [6, 100]
+    int8 = to_flat(KEY, make(Int8Rows()))
+    assert {key: tensor.dtype for key, tensor in int8.items()} == {
+        KEY: torch.int8,
+        "layers.0.up_proj.SCB": torch.float32,
+        "layers.0.up_proj.weight_format": torch.uint8,
+    }
+
+
+def test_tensors_share_no_memory_with_each_other() -> None:
+    two = [to_flat(key, make(NESTED)) for key in ("a.weight", "b.weight")]
+    pointers = [tensor.untyped_storage().data_ptr() for flat in two for tensor in flat.values()]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.int8, torch.float16])
+def test_codes_stored_as_another_dtype(storage: torch.dtype) -> None:
+    weight = make(NESTED)
+    flat = to_flat(KEY, weight)
+    flat[KEY] = flat[KEY].view(-1).view(storage).unsqueeze(1)
+    assert torch.equal(from_flat(KEY, flat).dequantize(), weight.dequantize())
+
+
+LIES = {
+    "quant_type": ["fp4", "int4", 4, None],
+    "blocksize": [128, 48, 0, -64, "64", True, 64.0, None],
+    "dtype": ["float64", "int8", "torch.bfloat16", 16, None],
+    "shape": [[6, 101], [6], [-6, -100], [6, 100, 2], [6.0, 100], [True, 600], [], "6x100", None, [10**30, 10**30], [6, [100]]],
+    "nested_blocksize": [32, 100, None, "256"],
+    "nested_dtype": ["float16", None],
+    "nested_offset": ["0", None, float("nan"), float("inf"), True],
+}
+
+
+@pytest.mark.parametrize(("field", "lie"), [(field, lie) for field, lies in LIES.items() for lie in lies], ids=str)
+def test_json_that_lies(field: str, lie: object) -> None:
+    flat = to_flat(KEY, make(NESTED, N=600))  # more than 256 blocks, so that nested_blocksize can lie
+    flat[STATE] = encoded(json.dumps(described(flat) | {field: lie}))
+    with pytest.raises(ValueError, match=r"checkpoint: .*expected"):
+        from_flat(KEY, flat)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"quant_type": "nf4"', "[]", "null", "3", "\x00", "{}", '{"quant_type": "nf4"}', "[" * 4000, " " * 5000],
+    ids=lambda text: text[:8],
+)
+def test_json_that_is_none(text: str) -> None:
+    flat = to_flat(KEY, make(NESTED)) | {STATE: encoded(text)}
+    with pytest.raises(ValueError, match=f"{STATE}.*expected"):
+        from_flat(KEY, flat)
+
+
+def test_unknown_and_half_nested_fields() -> None:
+    flat = to_flat(KEY, make(NESTED))
+    description = described(flat)
+    for wrong in (description | {"more": 1}, {k: v for k, v in description.items() if k != "nested_offset"}):
+        with pytest.raises(ValueError, match=f"{STATE} has the fields"):
+            from_flat(KEY, flat | {STATE: encoded(json.dumps(wrong))})
+    plain = to_flat(KEY, make(FourBit()))
+    with pytest.raises(ValueError, match=r"nested_absmax is there"):
+        from_flat(KEY, plain | {f"{KEY}.nested_absmax": torch.zeros(1)})
+    with pytest.raises(ValueError, match="one of them"):
+        from_flat(KEY, flat | {f"{KEY}.quant_state.bitsandbytes__fp4": flat[STATE]})
+
+
+@pytest.mark.parametrize("format", [NESTED, FourBit(), Int8Rows()], ids=str)
+def test_every_missing_or_wrong_tensor_is_named(format: WeightFormat) -> None:
+    flat = to_flat(KEY, make(format))
+    for key, tensor in flat.items():
+        if key.endswith("weight_format"):
+            assert from_flat(KEY, {k: v for k, v in flat.items() if k != key}).format == format  # bitsandbytes wrote it later
+            continue
+        with pytest.raises(ValueError, match=key if key != STATE else KEY):
+            from_flat(KEY, {k: v for k, v in flat.items() if k != key})
+        if tensor.ndim:
+            with pytest.raises(ValueError, match=r"expected"):
+                from_flat(KEY, flat | {key: tensor[:-1]})
+        if key not in (KEY, STATE):
+            with pytest.raises(ValueError, match=f"{key} .*expected"):
+                from_flat(KEY, flat | {key: tensor.to(torch.float16)})
+    with pytest.raises(ValueError, match=f"{KEY} is missing"):
+        from_flat(KEY, {})
+    with pytest.raises(ValueError, match="expected a quantized weight"):
+        from_flat(KEY, {KEY: torch.zeros(6, 100)})
+
+
+def test_other_code_books_and_layouts_are_refused() -> None:
+    flat = to_flat(KEY, make(NESTED))
+    for book in ("quant_map", "nested_quant_map"):
+        with pytest.raises(ValueError, match=f"{book} holds another code book"):
+            from_flat(KEY, flat | {f"{KEY}.{book}": flat[f"{KEY}.{book}"] * 2})
+    int8 = to_flat(KEY, make(Int8Rows()))
+    with pytest.raises(ValueError, match="weight_format is 2"):
+        from_flat(KEY, int8 | {"layers.0.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="ends in 'weight'"):
+        to_flat("layers.0.table", make(Int8Rows()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_any_bytes_give_a_clear_error(data: bytes) -> None:
+    flat = to_flat(KEY, make(NESTED)) | {STATE: torch.tensor(list(data), dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="checkpoint: "):
+        from_flat(KEY, flat)

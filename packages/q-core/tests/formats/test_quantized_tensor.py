@@ -1,0 +1,326 @@
+"""QuantizedTensor: everything torch does with a weight, in every format."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from q_core import ops
+from q_core.formats.codebooks import DYNAMIC_SIGNED_BOUND, FOUR_BIT_BOOKS, INT8_BOUND
+from q_core.formats.four_bit import FourBit
+from q_core.formats.int8_rows import Int8Rows
+from q_core.formats.quantized_tensor import QuantizedTensor, resolve
+from q_core.formats.weight_format import WeightFormat
+
+FORMATS = [FourBit(), FourBit("fp4", 32), FourBit("nf4", 64, 256), FourBit("fp4", 128, 32), Int8Rows()]
+NESTED = FourBit("nf4", 64, 256)
+
+formats = pytest.mark.parametrize("format", FORMATS, ids=str)
+
+
+def make(format: WeightFormat, N: int = 48, K: int = 128, dtype: torch.dtype = torch.float32, seed: int = 0) -> QuantizedTensor:
+    dense = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return QuantizedTensor.quantize(dense, format)
+
+
+def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
+    assert type(a) is type(b) is QuantizedTensor
+    assert (a.format, a.shape, a.dtype, a.device) == (b.format, b.shape, b.dtype, b.device)
+    for name, component in a.components.items():
+        assert torch.equal(component, b.components[name]), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    N=st.integers(0, 9),
+    K=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 9),
+)
+def test_error_is_within_the_formats_bound(format: WeightFormat, N: int, K: int, dtype: torch.dtype, seed: int) -> None:
+    dense = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = QuantizedTensor.quantize(dense, format)
+    error = (weight.dequantize().double() - dense.double()).abs()
+    if isinstance(format, FourBit):
+        blocks = F.pad(dense.double().abs().reshape(-1), (0, -dense.numel() % format.blocksize)).view(-1, format.blocksize)
+        absmax = blocks.amax(1)
+        # Double quantization misses a scale by its own bound, relative to the largest of its block of centered scales.
+        missed = torch.zeros_like(absmax)
+        if format.nested_blocksize is not None and absmax.numel():
+            centered = (absmax - absmax.mean()).abs().max()
+            missed = (centered * DYNAMIC_SIGNED_BOUND).expand_as(absmax)
+        limit = (absmax * FOUR_BIT_BOOKS[format.quant_type].bound + missed).repeat_interleave(format.blocksize)
+        limit = limit[: dense.numel()].view_as(dense)
+    else:
+        limit = dense.double().abs().amax(1, keepdim=True) * INT8_BOUND
+    rounding = torch.finfo(dtype).eps * dense.double().abs().amax() if dense.numel() else 0
+    assert weight.dtype == dtype
+    assert bool((error <= limit + rounding).all())
+
+
+@formats
+def test_zero_stays_zero(format: WeightFormat) -> None:
+    weight = QuantizedTensor.quantize(torch.zeros(4, 128), format)
+    assert torch.equal(weight.dequantize(), torch.zeros(4, 128))
+
+
+@formats
+@pytest.mark.parametrize("K", [128, 100])
+def test_linear_is_the_ops_product(format: WeightFormat, K: int) -> None:
+    weight, bias = make(format, K=K), torch.randn(48)
+    x = torch.randn(2, 3, K, requires_grad=True)
+    out = F.linear(x, weight, bias)
+    parts = resolve(weight)
+    if isinstance(format, FourBit):
+        expected = ops.gemm_4bit(
+            x,
+            parts["packed"],
+            parts["absmax"],
+            shape=(48, K),
+            blocksize=format.blocksize,
+            quant_type=format.quant_type,
+            bias=bias,
+        )
+    else:
+        expected = ops.gemm_int8_weight(x, parts["codes"], parts["absmax"], bias=bias)
+    assert torch.equal(out, expected)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, (torch.ones(2, 3, 48) @ weight.dequantize()))
+
+
+@formats
+@pytest.mark.parametrize("K", [128, 100])
+def test_embedding_decodes_rows(format: WeightFormat, K: int) -> None:
+    table = nn.Embedding(48, K, padding_idx=0)
+    weight = make(format, K=K, dtype=torch.bfloat16)
+    table.weight = nn.Parameter(weight, requires_grad=False)
+    ids = torch.tensor([[0, 47, 3], [3, 3, 9]])
+    assert torch.equal(table(ids), weight.dequantize()[ids])
+
+
+@formats
+def test_parameter_copies_and_pickles_keep_every_bit(format: WeightFormat) -> None:
+    weight = nn.Parameter(make(format, dtype=torch.bfloat16), requires_grad=False)
+    assert isinstance(weight, QuantizedTensor)
+    buffer = io.BytesIO()
+    torch.save(weight, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        resolve(weight)
+    for other in (
+        copy.copy(weight),
+        copy.deepcopy(weight),
+        pickle.loads(pickle.dumps(weight)),
+        torch.load(buffer, weights_only=True),
+        weight.clone(),
+        weight.detach(),
+        weight.data,
+        weight.to("cpu", copy=True),
+    ):
+        assert_same(other, weight)
+        assert other.cached_bytes == 0
+    assert isinstance(copy.deepcopy(weight), nn.Parameter)
+    assert isinstance(pickle.loads(pickle.dumps(weight)), nn.Parameter)
+    copied = copy.deepcopy([weight, weight])
+    assert copied[0] is copied[1]
+
+
+@formats
+def test_move_cast_and_copy(format: WeightFormat) -> None:
+    weight = make(format)
+    half = weight.to(torch.float16)
+    assert half.dtype == half.dequantize().dtype == torch.float16
+    assert_same(half.float(), weight)
+    meta = weight.to("meta")
+    assert meta.is_meta
+    assert all(component.is_meta for component in meta.components.values())
+    target = torch.empty_like(meta, device="cpu")
+    assert_same(target.copy_(weight), weight)
+    dense = torch.randn(48, 128)
+    assert_same(target.copy_(dense), QuantizedTensor.quantize(dense, format))
+    plain = torch.empty(48, 128)
+    assert torch.equal(plain.copy_(weight), weight.dequantize())
+    assert torch.equal(weight, weight.clone())
+    assert not torch.equal(weight, make(format, seed=1))
+
+
+@formats
+def test_module_moves_in_place(format: WeightFormat) -> None:
+    linear = nn.Linear(128, 48)
+    linear.weight = nn.Parameter(make(format), requires_grad=False)
+    before = linear.weight.detach().clone()
+    linear.to(torch.bfloat16).to(torch.float32)
+    assert_same(linear.weight.detach(), before)
+    linear.to("meta").to_empty(device="cpu")
+    assert isinstance(linear.weight, nn.Parameter)
+    assert linear.weight.format == format
+
+
+@formats
+def test_rows(format: WeightFormat) -> None:
+    weight = make(format)
+    dense = weight.dequantize()
+    assert torch.equal(weight[16:40].dequantize(), dense[16:40])
+    assert torch.equal(weight[-8:].dequantize(), dense[-8:])
+    assert torch.equal(weight[40:16].dequantize(), dense[40:16])
+    assert_same(weight[:], weight)
+    for ours, theirs in (
+        (weight.chunk(3), dense.chunk(3)),
+        (weight.split(20), dense.split(20)),
+        (weight.split([8, 40]), dense.split([8, 40])),
+    ):
+        assert len(ours) == len(theirs)
+        assert all(torch.equal(a.dequantize(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    weight = make(FourBit(), N=8, K=48)  # 64-element blocks end at rows 4 and 8
+    assert torch.equal(weight[4:].dequantize(), weight.dequantize()[4:])
+    with pytest.raises(ValueError, match=r"rows 0:3 .* blocks of 64.*dequantize"):
+        weight[:3]
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
+        (lambda w: w + 1, "aten.add.Tensor"),
+        (lambda w: torch.ones(3, 48) @ w, "aten.mm"),
+        (lambda w: w.t(), "aten.t"),
+        (lambda w: w[3], "aten.select.int"),
+        (lambda w: w[:, 2:5], "slice"),
+        (lambda w: w[::2], "slice"),
+        (lambda w: w.chunk(2, dim=1), "split"),
+        (lambda w: w.zero_(), "aten.zero_"),
+        (lambda w: w.normal_(), "aten.normal_"),
+        (lambda w: F.linear(w, torch.ones(3, 128)), "linear"),
+        (lambda w: F.embedding(torch.tensor([1]), w, max_norm=1.0), "max_norm"),
+    ],
+)
+@pytest.mark.parametrize("format", [NESTED, Int8Rows()], ids=str)
+def test_what_is_not_defined_says_so(operation: object, name: str, format: WeightFormat) -> None:
+    assert callable(operation)
+    with pytest.raises(ValueError, match=rf"{name}.*dequantize"):
+        operation(make(format))
+
+
+def test_it_does_not_train() -> None:
+    weight = make(NESTED)
+    with pytest.raises(TypeError, match="doesn't train"):
+        nn.Parameter(weight)
+    with pytest.raises(TypeError, match="doesn't train"):
+        weight.requires_grad = True
+    with pytest.raises(TypeError, match="doesn't train"):
+        nn.ParameterList([nn.Parameter(weight, requires_grad=False)]).requires_grad_(True)
+    assert not weight.requires_grad_(False).requires_grad
+
+
+def test_bad_input_is_refused() -> None:
+    dense = torch.randn(4, 64)
+    dense[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="1 of 256 elements are NaN or infinite"):
+        QuantizedTensor.quantize(dense, FourBit())
+    with pytest.raises(TypeError, match="float64"):
+        QuantizedTensor.quantize(torch.zeros(4, 64, dtype=torch.float64), FourBit())
+    with pytest.raises(TypeError, match="dequantize"):
+        QuantizedTensor.quantize(make(FourBit()), FourBit())
+    with pytest.raises(ValueError, match="two axes"):
+        QuantizedTensor.quantize(torch.zeros(64), Int8Rows())
+    with pytest.raises(TypeError, match="int8"):
+        make(FourBit()).to(torch.int8)
+    with pytest.raises(ValueError, match=r"different|held as"):
+        make(FourBit()).copy_(make(NESTED))
+    with pytest.raises(ValueError, match=r"shape \[48, 64\]"):
+        make(FourBit()).copy_(torch.zeros(48, 64))
+    for bad in ({"quant_type": "int4"}, {"blocksize": 48}, {"nested_blocksize": 7}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            FourBit(**bad)
+
+
+def test_components_are_checked() -> None:
+    parts = make(NESTED).components
+    shape, dtype = (48, 128), torch.float32
+    assert_same(QuantizedTensor.from_components(parts, NESTED, shape=shape, dtype=dtype), make(NESTED))
+    with pytest.raises(ValueError, match="nested_offset"):
+        QuantizedTensor.from_components({k: v for k, v in parts.items() if k != "nested_offset"}, NESTED, shape=shape, dtype=dtype)
+    with pytest.raises(ValueError, match=r"'packed'.*expected"):
+        QuantizedTensor.from_components(parts, NESTED, shape=(48, 64), dtype=dtype)
+    with pytest.raises(ValueError, match=r"'absmax'.*float16.*expected.*uint8"):
+        QuantizedTensor.from_components(parts | {"absmax": parts["absmax"].half()}, NESTED, shape=shape, dtype=dtype)
+    with pytest.raises(ValueError, match="one device"):
+        QuantizedTensor.from_components(parts | {"absmax": parts["absmax"].to("meta")}, NESTED, shape=shape, dtype=dtype)
+
+
+def test_decoded_scales_are_kept_in_inference_alone_and_are_never_stale() -> None:
+    weight = make(NESTED)
+    resolve(weight)
+    assert weight.cached_bytes == 0
+    with torch.inference_mode():
+        first = resolve(weight)
+        assert resolve(weight) is first
+    assert weight.cached_bytes == weight.numel() // 64 * 4
+    assert weight.stored_bytes == sum(part.nbytes for part in weight.components.values())
+
+    x = torch.randn(3, 128, requires_grad=True)
+    F.linear(x, weight).sum().backward()  # what inference mode kept may be saved for a backward
+
+    def fresh() -> Tensor:
+        return QuantizedTensor.from_components(weight.components, NESTED, shape=weight.shape, dtype=weight.dtype).dequantize()
+
+    with torch.no_grad():
+        weight.copy_(make(NESTED, seed=1))
+        assert torch.equal(weight.dequantize(), fresh())
+        weight.components["nested_absmax"].mul_(2)  # behind its back, as an in-place load into a state dict does
+        assert torch.equal(weight.dequantize(), fresh())
+
+
+class Plain(nn.Module):
+    """A plain linear and an embedding that hold quantized weights."""
+
+    def __init__(self, format: WeightFormat) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(48, 128)
+        self.linear = nn.Linear(128, 48)
+        self.embedding.weight = nn.Parameter(make(format), requires_grad=False)
+        self.linear.weight = nn.Parameter(make(format, seed=1), requires_grad=False)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.embedding(ids) + x)
+        return out
+
+
+@formats
+def test_compiles_whole_with_dynamic_length_and_backward(format: WeightFormat) -> None:
+    torch.compiler.reset()
+    model = Plain(format)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (5, 2, 9):
+        ids = torch.randint(48, (T,))
+        x = torch.randn(T, 128, requires_grad=True)
+        expected = model(ids, x)
+        out = compiled(ids, x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, x), model(ids, x))
+
+
+@formats
+def test_exports(format: WeightFormat) -> None:
+    model, T = Plain(format), torch.export.Dim("T", min=2, max=64)
+    arguments = (torch.randint(48, (5,)), torch.randn(5, 128))
+    program = torch.export.export(model, arguments, dynamic_shapes=({0: T}, {0: T}))
+    ids, x = torch.randint(48, (9,)), torch.randn(9, 128)
+    torch.testing.assert_close(program.module()(ids, x), model(ids, x))
+
+
+def test_repr_decodes_nothing() -> None:
+    assert repr(make(Int8Rows()).to("meta")) == "QuantizedTensor(Int8Rows(), shape=(48, 128), dtype=torch.float32, device='meta')"
