@@ -89,6 +89,11 @@ def save(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 @pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    return llama
+
+
+@pytest.fixture(scope="session")
 def tiny_llama() -> LlamaForCausalLM:
     return llama()
 
