@@ -12,6 +12,8 @@ from q_nn.patterns import check_patterns
 
 FormatName = Literal["nf4", "fp4", "int8"]
 
+DEFAULT_SKIP = ("lm_head",)
+
 
 @dataclass(frozen=True, slots=True)
 class QConfig:
@@ -21,13 +23,14 @@ class QConfig:
         format: "nf4" or "fp4", 4-bit weights, or "int8", LLM.int8() without outliers.
         blocksize: elements a scale of the 4-bit formats, a power of two in 32…4096. int8 has one scale a row.
         double_quant: quantize the scales of the 4-bit formats too.
-        skip: modules to leave as they are: names, suffixes of names, or regular expressions, see :mod:`q_nn.patterns`.
+        skip: modules to leave as they are: names, suffixes of names, or regular expressions, see :mod:`q_nn.patterns`. Each but the
+            default must mean a module of the model.
     """
 
     format: FormatName = "nf4"
     blocksize: int = 64
     double_quant: bool = True
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = DEFAULT_SKIP
 
     def __post_init__(self) -> None:
         if self.format not in get_args(FormatName):

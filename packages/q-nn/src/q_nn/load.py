@@ -44,20 +44,13 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     if config.get("quantization_config") is not None:
         swaps = plan_replacements(model, BitsAndBytesConfig.from_dict(config["quantization_config"]))
     slots = dict(_slots(model, swaps))
-    values = _fit(slots, _read_weights(source))
     _check_all_real(model, slots)
+    values = _fit(slots, _representatives(model, slots), _read_weights(source))
 
     for old, new in swaps.values():
         replace_module(model, old, new)
-    placed: dict[int, nn.Parameter] = {}
-    for (module, name, target), value in values:
-        if name in module._buffers:
-            module._buffers[name] = value
-            continue
-        # One parameter for each the model had, so that what was tied stays tied.
-        if id(target) not in placed:
-            placed[id(target)] = nn.Parameter(value, requires_grad=target.requires_grad)
-        setattr(module, name, placed[id(target)])
+    for key, (module, name, _) in slots.items():
+        setattr(module, name, values[key])
 
 
 Slot = tuple[nn.Module, str, Tensor]
@@ -74,38 +67,49 @@ def _slots(model: nn.Module, swaps: dict[str, tuple[nn.Linear, nn.Linear]]) -> I
                 yield f"{prefix}.{name}".lstrip("."), (module, name, tensor)
 
 
-def _fit(slots: dict[str, Slot], state: dict[str, Tensor]) -> list[tuple[Slot, Tensor]]:
-    """What goes into each slot. Raises unless every slot is filled and every key used."""
-    values: list[tuple[Slot, Tensor]] = []
+def _representatives(model: nn.Module, slots: dict[str, Slot]) -> dict[str, str]:
+    """For each key the first one that it is tied to, itself if to none: a tied tensor is written under one of its names."""
+    # transformers declares what it ties; on the meta device those aren't one object yet.
+    declared = {key: source for key, source in getattr(model, "all_tied_weights_keys", {}).items() if source in slots}
+    first: dict[int, str] = {}
+    for key, (_, _, tensor) in slots.items():
+        first.setdefault(id(tensor), key)
+    return {key: first[id(slots[declared.get(key, key)][2])] for key in slots}
+
+
+def _fit(slots: dict[str, Slot], representatives: dict[str, str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What goes into each slot, one tensor for those that are tied. Raises unless every slot is filled and every key used."""
+    values: dict[str, Tensor] = {}
     used: set[str] = set()
-    missing: list[str] = []
-    filled: set[int] = set()
     for key, slot in slots.items():
-        module, _, target = slot
-        if key not in state:
-            missing.append(key)
-            continue
-        keys = flat_keys(key, state) or (key,)
-        used.update(keys)
-        if isinstance(target, QuantizedTensor):
-            value: Tensor = from_flat(key, state, dtype=target.dtype)
-            assert isinstance(value, QuantizedTensor)
-            if not accepts(module, value.format):
-                raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
-        elif len(keys) > 1:
-            raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
-        else:
-            value = state[key].to(target.dtype)
-        if value.shape != target.shape:
-            raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
-        values.append((slot, value if target.is_meta else value.to(target.device)))
-        filled.add(id(target))
-    missing = [key for key in missing if id(slots[key][2]) not in filled]  # a tied parameter is written under one of its names
+        if key in state:
+            used.update(flat_keys(key, state) or (key,))
+            values.setdefault(representatives[key], _value(key, slot, state))
+    missing = [key for key in slots if representatives[key] not in values]
     unexpected = sorted(set(state) - used)
     if missing or unexpected:
         raise ValueError(f"load_into: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
-    by_target = {id(slot[2]): value for slot, value in values}
-    return [(slot, by_target[id(slot[2])]) for slot in slots.values()]
+    return {key: values[representatives[key]] for key in slots}
+
+
+def _value(key: str, slot: Slot, state: dict[str, Tensor]) -> Tensor:
+    """What the checkpoint holds at a key, as the slot wants it: a parameter or a buffer of its dtype and on its device."""
+    module, name, target = slot
+    value: Tensor
+    if isinstance(target, QuantizedTensor):
+        value = from_flat(key, state, dtype=target.dtype)
+        assert isinstance(value, QuantizedTensor)
+        if not accepts(module, value.format):
+            raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
+    elif flat_keys(key, state):
+        raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
+    else:
+        value = state[key].to(target.dtype)
+    if value.shape != target.shape:
+        raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
+    if not target.is_meta:
+        value = value.to(target.device)
+    return nn.Parameter(value, requires_grad=target.requires_grad) if name in module._parameters else value
 
 
 def _check_all_real(model: nn.Module, slots: dict[str, Slot]) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
-from q_nn.config import QConfig
+from q_nn.config import DEFAULT_SKIP, QConfig
 from q_nn.layers import around, replace_module
 from q_nn.memory import tensor_bytes, weight_bytes
 from q_nn.patterns import matching
@@ -81,11 +81,12 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
         What was quantized, what not and why, and the bytes before and after.
 
     Raises:
-        ValueError: a weight has elements that are not finite, or is on the meta device, or the model itself is a linear layer, or
-            nothing is left to quantize; nothing is changed then.
+        ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
+            a pattern of ``config.skip`` means nothing; the message names it, and nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")
+    _check_skip(model, config)
     chosen, kept = _plan(model, config)
     _check_weights(chosen)
     before = weight_bytes(model)
@@ -142,6 +143,16 @@ def _why_not(name: str, module: nn.Module, owners: dict[int, list[str]], config:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which another layer would lose"
     return None
+
+
+def _check_skip(model: nn.Module, config: QConfig) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.skip:
+        if pattern not in DEFAULT_SKIP and not any(matching(name, (pattern,)) for name in names):
+            raise ValueError(
+                f"quantize: skip pattern {pattern!r} means no module; a name is matched from its start or by its end, "
+                f"such as {names[-1]!r}, or '.*part' for what holds a part"
+            )
 
 
 def _check_weights(chosen: dict[str, nn.Linear]) -> None:

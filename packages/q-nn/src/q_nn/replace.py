@@ -66,19 +66,19 @@ def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
 
 
 def _tied_parameters(model: nn.Module) -> set[str]:
-    """Names of parameters that go by more than one, each of them."""
+    """Names of parameters that go by more than one, each of them, and of those that transformers declares tied."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    tied = {name for group in names.values() if len(group) > 1 for name in group}
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():  # on the meta device they aren't one object yet
+        tied.update(pair)
+    return tied
 
 
 def _default_skips(model: nn.Module) -> set[str]:
     """What transformers leaves alone where the config doesn't say: tied weights, the last module, the output layer."""
-    keys = _tied_parameters(model)
-    for pair in getattr(model, "all_tied_weights_keys", {}).items():  # on the meta device they aren't tied yet
-        keys.update(pair)
-    keys.add(list(model.named_parameters())[-1][0])
+    keys = _tied_parameters(model) | {list(model.named_parameters())[-1][0]}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     names = {name for name, module in model.named_modules() if output is not None and module is output}
     return names | {key.removesuffix(".weight") for key in keys}

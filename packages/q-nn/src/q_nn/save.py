@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str]) -> None:
     description = _describe(model, config)
 
     writers = {
-        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        WEIGHTS: lambda path: _write_tensors(path, tensors),
         CONFIG: lambda path: _write_json(path, description),
     }
     generation = getattr(model, "generation_config", None)
@@ -90,6 +91,13 @@ def _describe(model: nn.Module, config: Any) -> dict[str, Any]:
     if quantized is not None:
         description["quantization_config"] = quantized
     return description
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this note
+    except SafetensorError as error:
+        raise OSError(f"save_pretrained: writing {WEIGHTS} failed: {error}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

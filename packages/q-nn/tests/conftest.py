@@ -1,0 +1,37 @@
+"""What the tests share: a tiny model of the Llama family, in transformers' own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MakeLlama = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture
+def make_llama() -> MakeLlama:
+    """Builds a model whose sizes bitsandbytes gets right too: K a multiple of the blocksize, N of 32."""
+
+    def make(*, dtype: torch.dtype = torch.float32, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=96,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+        model: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()
+        return model
+
+    return make
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(96, (2, 7), generator=torch.Generator().manual_seed(1))
