@@ -201,7 +201,7 @@ def test_from_linear_and_reset(make: Make) -> None:
     assert "format=" in repr(layer)
 
 
-@layers
+@pytest.mark.parametrize("make", [LinearNF4, Linear8bitLt])
 def test_compiles_whole(make: Make) -> None:
     torch.compiler.reset()
     model = nn.Sequential(make(128, 64), nn.GELU(), make(64, 32))

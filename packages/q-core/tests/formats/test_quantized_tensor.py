@@ -297,12 +297,12 @@ class Plain(nn.Module):
         return out
 
 
-@formats
+@pytest.mark.parametrize("format", [FourBit(), NESTED, Int8Rows()], ids=str)
 def test_compiles_whole_with_dynamic_length_and_backward(format: WeightFormat) -> None:
     torch.compiler.reset()
     model = Plain(format)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T in (5, 2, 9):
+    for T in (5, 9):
         ids = torch.randint(48, (T,))
         x = torch.randn(T, 128, requires_grad=True)
         expected = model(ids, x)
@@ -313,7 +313,7 @@ def test_compiles_whole_with_dynamic_length_and_backward(format: WeightFormat) -
         torch.testing.assert_close(compiled(ids, x), model(ids, x))
 
 
-@formats
+@pytest.mark.parametrize("format", [FourBit(), NESTED, Int8Rows()], ids=str)
 def test_exports(format: WeightFormat) -> None:
     model, T = Plain(format), torch.export.Dim("T", min=2, max=64)
     arguments = (torch.randint(48, (5,)), torch.randn(5, 128))
