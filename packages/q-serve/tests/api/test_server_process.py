@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -41,7 +42,8 @@ class Server:
 @contextmanager
 def running(directory: Path, *arguments: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "q_serve", "serve", str(directory), "--port", "0", "--served-model-name", "tiny"]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny tensors are faster so, and the machine is shared
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stderr is not None
     stderr = process.stderr
     server = Server(process, "")
@@ -125,7 +127,9 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None
 def test_sixteen_at_once_answer_as_alone(client: openai.OpenAI) -> None:
     def ask(i: int) -> tuple[str, str]:
         greedy = client.completions.create(model="tiny", prompt=f"{i} {PROMPT * (i % 5 + 1)}", max_tokens=24, temperature=0)
-        drawn = client.completions.create(model="tiny", prompt=f"{PROMPT} {i}", max_tokens=24, seed=i, top_p=0.9, extra_body={"top_k": 50})
+        drawn = client.completions.create(
+            model="tiny", prompt=f"{PROMPT} {i}", max_tokens=24, seed=i, top_p=0.9, extra_body={"top_k": 50}
+        )
         return greedy.choices[0].text, drawn.choices[0].text
 
     alone = [ask(i) for i in range(16)]
@@ -217,7 +221,11 @@ BAD = {
     "long stop": ("completions", {"model": "tiny", "prompt": "x", "stop": "a" * 2000}, "stop"),
     "unsupported": ("completions", {"model": "tiny", "prompt": "x", "logprobs": 5}, "logprobs"),
     "penalty": ("completions", {"model": "tiny", "prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
-    "stream options": ("completions", {"model": "tiny", "prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+    "stream options": (
+        "completions",
+        {"model": "tiny", "prompt": "x", "stream_options": {"include_usage": True}},
+        "stream_options",
+    ),
     "no messages": ("chat/completions", {"model": "tiny", "messages": []}, "messages"),
     "role": ("chat/completions", {"model": "tiny", "messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
     "no content": ("chat/completions", {"model": "tiny", "messages": [{"role": "user"}]}, "messages.0.content"),
@@ -227,7 +235,11 @@ BAD = {
         "messages.0.content",
     ),
     "tools": ("chat/completions", {"model": "tiny", "messages": HI, "tools": [{"type": "function"}]}, "tools"),
-    "two limits": ("chat/completions", {"model": "tiny", "messages": HI, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+    "two limits": (
+        "chat/completions",
+        {"model": "tiny", "messages": HI, "max_tokens": 1, "max_completion_tokens": 2},
+        "max_completion_tokens",
+    ),
     "long chat": ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
 }
 
@@ -272,7 +284,12 @@ def test_key_strict_caps_and_overload(tiny_directory: Path) -> None:
     with running(tiny_directory, "--api-key", "secret-ß", "--strict", *limits) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(f"{server.url}/ready").status_code == 200
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret-ß".encode()}, {"Authorization": b"Bearer \xff"}):
+        for header in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "secret-ß".encode()},
+            {"Authorization": b"Bearer \xff"},
+        ):
             for path in ("/v1/models", "/v1/nothing", "/health/"):
                 answer = httpx.get(server.url + path, headers=header)
                 assert answer.status_code == 401
@@ -280,7 +297,7 @@ def test_key_strict_caps_and_overload(tiny_directory: Path) -> None:
         headers = {"Authorization": "Bearer secret-ß".encode()}
 
         def post(**body: Any) -> httpx.Response:
-            content = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 400} | body)
+            content = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 150} | body)
             return httpx.post(f"{server.url}/v1/completions", content=content, headers=headers, timeout=60)
 
         assert post(max_tokens=1).status_code == 200
@@ -302,16 +319,17 @@ def long_directory(save: Callable[[PreTrainedModel], Path], make_llama: Callable
     return save(make_llama(max_position_embeddings=1 << 16))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_shutdown_ends_streams_and_exits_0(number: signal.Signals, long_directory: Path) -> None:
+def test_shutdown_ends_streams_and_exits_0(long_directory: Path) -> None:
     with running(long_directory, "--grace-period", "0.5") as server:
         client = server.client()
         endless = client.completions.create(model="tiny", prompt="x", max_tokens=60_000, stream=True)
         assert next(iter(endless))
-        waiting = ThreadPoolExecutor(1).submit(server.post, "/v1/completions", {"model": "tiny", "prompt": "y", "max_tokens": 60_000})
+        waiting = ThreadPoolExecutor(1).submit(
+            server.post, "/v1/completions", {"model": "tiny", "prompt": "y", "max_tokens": 60_000}
+        )
         time.sleep(0.3)
         began = time.monotonic()
-        server.process.send_signal(number)
+        server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="shutting down"):
             for _ in endless:
                 pass
@@ -328,7 +346,7 @@ def test_what_finishes_in_the_grace_period_is_whole(long_directory: Path) -> Non
         client = server.client()
         stream = client.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True)
         chunks = [next(iter(stream))]
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.process.wait(timeout=20) == 0

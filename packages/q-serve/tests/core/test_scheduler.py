@@ -198,6 +198,30 @@ def test_a_prefix_is_computed_once() -> None:
     assert second.num_cached_prompt_tokens == 8
 
 
+def test_blocks_are_published_only_once_a_token_was_sampled_behind_them() -> None:
+    scheduler = make(blocks=100, batch_tokens=8)
+    prompt = list(range(20))
+    scheduler.add(Request("first", list(prompt), SamplingParams(max_tokens=2)))
+    for starts_at in (0, 0, 20):
+        (scheduled,) = scheduler.schedule()
+        scheduler.advance(scheduled, 7 if scheduled.samples else None)
+        keys: list[bytes] = []
+        scheduler.pool.extend_keys(keys, prompt, 5)
+        assert len(scheduler.pool.match(keys, prompt)) * 4 == starts_at
+
+
+def test_what_a_failed_request_had_published_is_forgotten() -> None:
+    scheduler = make(blocks=100, batch_tokens=100)
+    request = Request("bad", list(range(20)), SamplingParams(max_tokens=5))
+    scheduler.add(request)
+    (scheduled,) = scheduler.schedule()
+    scheduler.advance(scheduled, 7)
+    scheduler.schedule()
+    scheduler.finish(request, FinishReason.ERROR, "NaN")
+    scheduler.add(Request("again", list(range(20)), SamplingParams(max_tokens=1)))
+    assert scheduler.schedule()[0].start == 0
+
+
 def test_nothing_of_a_failed_request_is_cached() -> None:
     scheduler = make(blocks=100, batch_tokens=8)
     request = Request("bad", list(range(20)), SamplingParams(max_tokens=1))

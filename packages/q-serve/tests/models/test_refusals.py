@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -16,6 +19,7 @@ from q_serve.build import build
 from q_serve.core.request import Request
 from q_serve.core.sampling import SamplingParams
 from q_serve.errors import ModelError
+from q_serve.models.registry import MODELS, read_config
 from q_serve.options import EngineOptions
 
 
@@ -37,7 +41,10 @@ def refused(directory: Path, message: str, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; q-serve serves LlamaForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture 'GPT2LMHeadModel' is not supported; q-serve serves LlamaForCausalLM",
+        ),
         ({"architectures": None}, "architectures is None"),
         ({"architectures": []}, r"architectures is \[\]"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -115,6 +122,25 @@ def test_options_that_do_not_fit(directory: Path, options: dict[str, Any], messa
 
 def test_a_small_cache_cuts_the_context(directory: Path) -> None:
     assert build(EngineOptions(model=directory, num_blocks=4)).max_model_len == 64
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["llama3", "silu"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "factor", "x"]), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_configuration_crashes_the_reader(data: st.DataObject, directory: Path, tiny_directory: Path) -> None:
+    config = json.loads((tiny_directory / "config.json").read_text())
+    keys = [*config, "rope_scaling", "quantization_config", "sliding_window", "layer_types", "auto_map"]
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), json_values, max_size=3))
+    architecture = data.draw(st.sampled_from(sorted(MODELS)))
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": [architecture]} | changes))
+    with contextlib.suppress(ModelError):
+        read_config(directory)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from q_serve.api import errors
 from q_serve.api.auth import RequireKey
@@ -76,10 +77,23 @@ def create_app(service: Service, *, api_key: str | None, max_body_bytes: int) ->
     return app
 
 
+class _EventStream(StreamingResponse):
+    """Server-sent events that end their answer with them, even if the client is gone before the first."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
 async def _respond(http: Request, request: GenerationRequest, answer: Answer, shape: Shape) -> Response:
     if request.stream:
-        events = shape.events(answer, include_usage=request.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _EventStream(answer, shape.events(answer, include_usage=request.include_usage))
     try:
         await _until_disconnect(http, answer.complete())
     finally:

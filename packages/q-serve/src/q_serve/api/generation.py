@@ -86,17 +86,14 @@ class Answer:
         self._by_id = {choice.request_id: choice for choice in choices}
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer as it comes. Whoever stops listening aborts what isn't finished."""
-        try:
-            async for output in self._group:
-                choice = self._by_id[output.request_id]
-                text = choice.take(output)
-                if choice.finish_reason is not None:
-                    self._group.abort(choice.request_id)
-                if text or choice.finish_reason is not None:
-                    yield Piece(choice, text, choice.finish_reason)
-        finally:
-            self.close()
+        """The answer as it comes. Whoever stops listening calls :meth:`close`."""
+        async for output in self._group:
+            choice = self._by_id[output.request_id]
+            text = choice.take(output)
+            if choice.finish_reason is not None:
+                self._group.abort(choice.request_id)
+            if text or choice.finish_reason is not None:
+                yield Piece(choice, text, choice.finish_reason)
 
     def close(self) -> None:
         """Abort what isn't finished."""

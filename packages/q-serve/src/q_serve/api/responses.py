@@ -58,8 +58,6 @@ class Shape:
                 yield _event({**head, "choices": [], "usage": answer.usage})
         except ApiError as error:
             yield _event(error.body)
-        finally:
-            answer.close()
         yield "data: [DONE]\n\n"
 
 

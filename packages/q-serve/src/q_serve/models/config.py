@@ -36,6 +36,10 @@ _MAX_SIZE = 1 << 24
 """No dimension of a model is near this; a larger one is a broken file."""
 
 
+_MAX_LAYERS = 4096
+"""Each layer is a few objects even before it has weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a decoder of the Llama family is made of.
@@ -86,15 +90,15 @@ class ConfigReader:
         """An error about this file."""
         return ModelError(f"{self.path}: {message}")
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
         """A positive integer."""
         value = self.raw.get(key)
         if value is None:
             if default is None:
                 raise self.error(f"{key} is missing")
             return default
-        if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-            raise self.error(f"{key} is {value!r}, expected an integer in 1…{_MAX_SIZE}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(f"{key} is {value!r}, expected an integer in 1…{most}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -163,7 +167,7 @@ def read_llama_config(
         vocab_size=reader.size("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=reader.size("intermediate_size"),
-        num_layers=reader.size("num_hidden_layers"),
+        num_layers=reader.size("num_hidden_layers", most=_MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -68,7 +68,7 @@ class RopeConfig:
             "default": set[str](),
             "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
         }
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise ModelError(f"{path}: {name}.rope_type is {kind!r}, which q-serve does not support (only {', '.join(known)})")
         if parameters.get("partial_rotary_factor") == 1:
             del parameters["partial_rotary_factor"]

@@ -63,7 +63,10 @@ class ChatTemplate:
     def from_directory(cls, directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
         """Load chat_template.jinja, else tokenizer_config.json's ``chat_template``; ``None`` if the model has neither."""
         path = directory / "chat_template.jinja"
-        source: Any = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
+        try:
+            source: Any = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: can't be read ({error})") from error
         if isinstance(source, list):  # several named ones
             source = next(
                 (entry.get("template") for entry in source if isinstance(entry, dict) and entry.get("name") == "default"), None
