@@ -54,7 +54,8 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
             "T": 2, "N": 5, "K": 20, "bias": torch.zeros(5), "out": torch.zeros(2, 5),
         }),
         "optimizer_step_8bit": (native.adamw_8bit, {
-            **optimizer, "state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales, "code1": BOOK, "code2": BOOK, "blocksize": 32,
+            **optimizer, "state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales,
+            "code1": BOOK, "code2": BOOK, "blocksize": 32,
         }),
         "optimizer_step_32bit": (native.adamw_32bit, {**optimizer, "state1": moments, "state2": moments}),
     }  # fmt: skip

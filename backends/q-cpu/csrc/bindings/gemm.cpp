@@ -13,8 +13,8 @@ const float* optional_bias(const char* op, py::handle bias, int64_t N) {
   return TensorView(bias, {op, "bias"}).of(Scalar::f32).sized(N).data<const float>();
 }
 
-void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t blocksize, const std::string& quant_type, int64_t T, int64_t N,
-               int64_t K, py::handle bias, py::handle out) {
+void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t blocksize, const std::string& quant_type, int64_t T,
+               int64_t N, int64_t K, py::handle bias, py::handle out) {
   constexpr const char* op = "gemm_4bit";
   const int64_t weights = checked_product(op, N, K);
   const TensorView result = TensorView(out, {op, "out"}).floating().sized(checked_product(op, T, N));
@@ -63,8 +63,8 @@ void int8_gemm(py::handle a, py::handle b, py::handle a_scale, py::handle b_scal
 void bind_gemm(py::module_& m) {
   m.def("gemm_4bit", &gemm_4bit, py::arg("x_TK"), py::arg("packed"), py::arg("absmax"), py::arg("blocksize"), py::arg("quant_type"),
         py::arg("T"), py::arg("N"), py::arg("K"), py::arg("bias"), py::arg("out"));
-  m.def("int8_gemm", &int8_gemm, py::arg("a_TK"), py::arg("b_NK"), py::arg("a_scale"), py::arg("b_scale"), py::arg("T"), py::arg("N"),
-        py::arg("K"), py::arg("bias"), py::arg("out"));
+  m.def("int8_gemm", &int8_gemm, py::arg("a_TK"), py::arg("b_NK"), py::arg("a_scale"), py::arg("b_scale"), py::arg("T"),
+        py::arg("N"), py::arg("K"), py::arg("bias"), py::arg("out"));
 }
 
 }  // namespace q_cpu

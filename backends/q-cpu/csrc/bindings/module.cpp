@@ -21,9 +21,12 @@ PYBIND11_MODULE(_native, m) {
       [](std::optional<uintptr_t> gomp_parallel, py::object get_num_threads) {
         configure_threads(gomp_parallel.value_or(0), std::move(get_num_threads));
       },
-      py::arg("gomp_parallel"), py::arg("get_num_threads"), "Share loops out over the runtime that has this GOMP_parallel, or over none.");
-  m.def("use_exchange_api", &use_exchange_api, py::arg("wanted"), "Choose how tensors are read (for tests); whether the API is used.");
-  m.def("register_4bit", &register_4bit, py::arg("quant_type"), py::arg("values"), py::arg("ordered"), "Make a 4-bit code book known.");
+      py::arg("gomp_parallel"), py::arg("get_num_threads"),
+      "Share loops out over the runtime that has this GOMP_parallel, or over none.");
+  m.def("use_exchange_api", &use_exchange_api, py::arg("wanted"),
+        "Choose how tensors are read (for tests); whether the API is used.");
+  m.def("register_4bit", &register_4bit, py::arg("quant_type"), py::arg("values"), py::arg("ordered"),
+        "Make a 4-bit code book known.");
   bind_quantize(m);
   bind_gemm(m);
   bind_optim(m);

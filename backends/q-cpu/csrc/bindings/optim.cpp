@@ -33,9 +33,11 @@ AdamW adamw(const char* op, double lr, double beta1, double beta2, double eps, d
 // A list argument, with as many tensors as params has.
 class TensorList {
  public:
-  TensorList(const py::sequence& tensors, const char* op, const char* name, size_t expected) : tensors_(tensors), op_(op), name_(name) {
+  TensorList(const py::sequence& tensors, const char* op, const char* name, size_t expected)
+      : tensors_(tensors), op_(op), name_(name) {
     if (tensors.size() != expected) {
-      bad_value({op, name}, "has " + std::to_string(tensors.size()) + " tensors, expected " + std::to_string(expected) + " as in params");
+      bad_value({op, name},
+                "has " + std::to_string(tensors.size()) + " tensors, expected " + std::to_string(expected) + " as in params");
     }
   }
 
@@ -61,8 +63,8 @@ void parallel_for_tensors(const std::vector<int64_t>& starts, int64_t elements_p
 }
 
 void adamw_8bit(const py::sequence& params, const py::sequence& grads, const py::sequence& state1, const py::sequence& state2,
-                const py::sequence& absmax1, const py::sequence& absmax2, py::handle code1, py::handle code2, double lr, double beta1,
-                double beta2, double eps, double weight_decay, int64_t step, int64_t blocksize) {
+                const py::sequence& absmax1, const py::sequence& absmax2, py::handle code1, py::handle code2, double lr,
+                double beta1, double beta2, double eps, double weight_decay, int64_t step, int64_t blocksize) {
   constexpr const char* op = "optimizer_step_8bit";
   const AdamW rule = adamw(op, lr, beta1, beta2, eps, weight_decay, step);
   const auto book1 = code_book({op, "code1"}, code1);
@@ -98,8 +100,8 @@ void adamw_8bit(const py::sequence& params, const py::sequence& grads, const py:
   parallel_for_tensors(starts, blocksize, [&](size_t i, int64_t first, int64_t last) { kernel(tensors[i], rule, first, last); });
 }
 
-void adamw_32bit(const py::sequence& params, const py::sequence& grads, const py::sequence& state1, const py::sequence& state2, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, int64_t step) {
+void adamw_32bit(const py::sequence& params, const py::sequence& grads, const py::sequence& state1, const py::sequence& state2,
+                 double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
   constexpr const char* op = "optimizer_step_32bit";
   const AdamW rule = adamw(op, lr, beta1, beta2, eps, weight_decay, step);
   const size_t count = params.size();

@@ -111,10 +111,12 @@ void quantize_int8_rowwise(py::handle A_TK, double threshold, py::handle q, py::
 }  // namespace
 
 void bind_quantize(py::module_& m) {
-  m.def("quantize_blockwise", &quantize_blockwise, py::arg("A"), py::arg("code"), py::arg("blocksize"), py::arg("codes"), py::arg("absmax"));
+  m.def("quantize_blockwise", &quantize_blockwise, py::arg("A"), py::arg("code"), py::arg("blocksize"), py::arg("codes"),
+        py::arg("absmax"));
   m.def("dequantize_blockwise", &dequantize_blockwise, py::arg("codes"), py::arg("absmax"), py::arg("code"), py::arg("blocksize"),
         py::arg("out"));
-  m.def("quantize_4bit", &quantize_4bit, py::arg("A"), py::arg("blocksize"), py::arg("quant_type"), py::arg("packed"), py::arg("absmax"));
+  m.def("quantize_4bit", &quantize_4bit, py::arg("A"), py::arg("blocksize"), py::arg("quant_type"), py::arg("packed"),
+        py::arg("absmax"));
   m.def("dequantize_4bit", &dequantize_4bit, py::arg("packed"), py::arg("absmax"), py::arg("blocksize"), py::arg("quant_type"),
         py::arg("out"));
   m.def("quantize_int8_rowwise", &quantize_int8_rowwise, py::arg("A_TK"), py::arg("threshold"), py::arg("q"), py::arg("absmax"),

@@ -74,7 +74,8 @@ void set_isa(const std::string& name) {
 void register_4bit(const std::string& quant_type, const std::vector<float>& values, const std::vector<int>& ordered) {
   const Argument argument{"register_4bit", "ordered"};
   if (values.size() != 16) bad_value({"register_4bit", "values"}, "has " + std::to_string(values.size()) + " entries, expected 16");
-  if (ordered.size() < 2 || ordered.size() > 16) bad_value(argument, "has " + std::to_string(ordered.size()) + " codes, expected 2 to 16");
+  if (ordered.size() < 2 || ordered.size() > 16)
+    bad_value(argument, "has " + std::to_string(ordered.size()) + " codes, expected 2 to 16");
   for (const int code : ordered) {
     if (code < 0 || code > 15) bad_value(argument, "has the code " + std::to_string(code) + ", expected 0 to 15");
   }

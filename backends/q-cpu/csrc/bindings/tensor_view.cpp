@@ -69,7 +69,8 @@ void bad_type(const Argument& argument, const std::string& problem) { throw py::
 
 TensorView::TensorView(py::handle object, const Argument& argument) : argument_(argument) {
   // The exchange functions trust the type, so it is asked for first.
-  if (!PyObject_TypeCheck(object.ptr(), torch().tensor_type)) bad_type(argument_, "is a " + quoted_type(object) + ", expected a torch.Tensor");
+  if (!PyObject_TypeCheck(object.ptr(), torch().tensor_type))
+    bad_type(argument_, "is a " + quoted_type(object) + ", expected a torch.Tensor");
   if (exchange_used()) {
     read_exchanged(object);
   } else {
@@ -94,7 +95,8 @@ void TensorView::read_exchanged(py::handle object) {
     bad_value(argument_, "is on " + std::string(py::str(object.attr("device"))) + ", expected a CPU tensor");
   }
   for (const ScalarFacts& candidate : kScalars) {
-    if (tensor.dtype.code == candidate.code && tensor.dtype.bits == candidate.bits && tensor.dtype.lanes == 1) scalar_ = candidate.scalar;
+    if (tensor.dtype.code == candidate.code && tensor.dtype.bits == candidate.bits && tensor.dtype.lanes == 1)
+      scalar_ = candidate.scalar;
   }
   if (scalar_ == Scalar::other) foreign_dtype_ = py::str(object.attr("dtype"));
   set_layout(tensor.ndim, tensor.shape, tensor.strides);
@@ -104,7 +106,8 @@ void TensorView::read_exchanged(py::handle object) {
 void TensorView::read_attributes(py::handle object) {
   const std::string device = py::str(object.attr("device").attr("type"));
   if (device != "cpu") bad_value(argument_, "is on " + device + ", expected a CPU tensor");
-  if (std::string(py::str(object.attr("layout"))) != "torch.strided") bad_type(argument_, "can't be read, expected a dense CPU tensor");
+  if (std::string(py::str(object.attr("layout"))) != "torch.strided")
+    bad_type(argument_, "can't be read, expected a dense CPU tensor");
   foreign_dtype_ = py::str(object.attr("dtype"));
   for (const ScalarFacts& candidate : kScalars) {
     if (foreign_dtype_ == std::string("torch.") + candidate.name) scalar_ = candidate.scalar;
@@ -149,7 +152,8 @@ const TensorView& TensorView::sized(int64_t expected) const {
 }
 
 Float TensorView::dtype() const {
-  static_assert(static_cast<int>(Scalar::f32) == static_cast<int>(Float::f32) && static_cast<int>(Scalar::bf16) == static_cast<int>(Float::bf16) &&
+  static_assert(static_cast<int>(Scalar::f32) == static_cast<int>(Float::f32) &&
+                static_cast<int>(Scalar::bf16) == static_cast<int>(Float::bf16) &&
                 static_cast<int>(Scalar::f16) == static_cast<int>(Float::f16));
   return static_cast<Float>(floating().scalar_);
 }

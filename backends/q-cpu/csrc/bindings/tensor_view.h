@@ -71,7 +71,8 @@ int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize);
 // Product of two sizes given by the caller, which must not overflow or be negative.
 int64_t checked_product(const char* op, int64_t a, int64_t b);
 
-// Chooses how tensors are read, for tests: false for Python attributes even where torch has the exchange API. Tells whether it is used.
+// Chooses how tensors are read, for tests: false for Python attributes even where torch has the exchange API. Tells whether it is
+// used.
 bool use_exchange_api(bool wanted);
 
 }  // namespace q_cpu

@@ -1,7 +1,8 @@
 // Loops over torch's own OpenMP threads.
 //
-// The module links no OpenMP runtime, because a second one would bring a second pool that torch.set_num_threads doesn't govern. It is
-// told the address of GOMP_parallel in the runtime that torch has loaded (libgomp's entry point, which libiomp5 and libomp export too).
+// The module links no OpenMP runtime, because a second one would bring a second pool that torch.set_num_threads doesn't govern. It
+// is told the address of GOMP_parallel in the runtime that torch has loaded (libgomp's entry point, which libiomp5 and libomp
+// export too).
 
 #pragma once
 
@@ -16,7 +17,8 @@ namespace q_cpu {
 
 namespace py = pybind11;
 
-// `gomp_parallel` may be 0: then loops run on the calling thread. `get_num_threads` is asked at every call that is worth sharing out.
+// `gomp_parallel` may be 0: then loops run on the calling thread. `get_num_threads` is asked at every call that is worth sharing
+// out.
 void configure_threads(uintptr_t gomp_parallel, py::object get_num_threads);
 
 // Threads a loop of `units` may use now. Needs the GIL.
@@ -37,7 +39,8 @@ void parallel_for(int64_t units, int64_t elements_per_unit, Body&& body) {
   py::gil_scoped_release release;
   if (threads == 1) return body(int64_t{0}, units);
   parallel_ranges(
-      threads, units, grain, [](void* context, int64_t first, int64_t last) { (*static_cast<Body*>(context))(first, last); }, &body);
+      threads, units, grain, [](void* context, int64_t first, int64_t last) { (*static_cast<Body*>(context))(first, last); },
+      &body);
 }
 
 }  // namespace q_cpu

@@ -5,7 +5,7 @@
 #include "code_book.h"
 #include "convert.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr float kSmallestNormal = 0x1p-126f;
@@ -87,4 +87,4 @@ inline void decode_block(const uint8_t* codes, int64_t count, const float* book,
 }
 
 }  // namespace
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -1,8 +1,8 @@
 // A code book of up to 256 entries and its nearest-entry search, exact and without branches.
 //
-// The code of s is the number of midpoints below s. Floats of one sign, exponent and seven leading mantissa bits form a cell; a table
-// gives each cell the number of midpoints below all of it, and at most `steps` midpoints inside the cell are left to compare with.
-// Cells are fine enough for the dynamic 8-bit maps to need one comparison; any other book is as right, with more.
+// The code of s is the number of midpoints below s. Floats of one sign, exponent and seven leading mantissa bits form a cell; a
+// table gives each cell the number of midpoints below all of it, and at most `steps` midpoints inside the cell are left to compare
+// with. Cells are fine enough for the dynamic 8-bit maps to need one comparison; any other book is as right, with more.
 
 #pragma once
 
@@ -11,9 +11,9 @@
 namespace q_cpu {
 
 constexpr int kBookSize = 256;
-constexpr int kCellShift = 16;                                       // leaves sign, exponent and 7 mantissa bits
-constexpr int32_t kSmallestCell = (127 - 24) << 7;                   // all magnitudes below 2^-24 share the first cell
-constexpr int32_t kLastCell = (127 << 7) - kSmallestCell;            // magnitude 1
+constexpr int kCellShift = 16;                             // leaves sign, exponent and 7 mantissa bits
+constexpr int32_t kSmallestCell = (127 - 24) << 7;         // all magnitudes below 2^-24 share the first cell
+constexpr int32_t kLastCell = (127 << 7) - kSmallestCell;  // magnitude 1
 constexpr int32_t kCellsPerSign = kLastCell + 1;
 
 struct CodeBook {

@@ -13,7 +13,7 @@
 #include "kernels.h"
 #include "level.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr uint32_t kMagnitude = 0x7fffffffu;
@@ -45,7 +45,8 @@ inline uint16_t to_bf16(float value) {
 inline float from_f16(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  // As a float32 with f16's exponent bits the value is 2^-112 of what it should be; subnormals come out right by the multiplication.
+  // As a float32 with f16's exponent bits the value is 2^-112 of what it should be; subnormals come out right by the
+  // multiplication.
   const uint32_t finite = bits_of(from_bits(magnitude << 13) * 0x1p112f);
   const uint32_t special = kInfinity | (magnitude << 13);
   return from_bits(sign | (magnitude >= 0x7c00u ? special : finite));
@@ -124,4 +125,4 @@ inline float* destination(void* data, Float dtype, int64_t first, float* buffer)
 }
 
 }  // namespace
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

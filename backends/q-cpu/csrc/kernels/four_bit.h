@@ -8,7 +8,7 @@
 
 #include "convert.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 #if defined(__AVX2__)
@@ -65,10 +65,10 @@ inline void look_up(const uint8_t* packed, int64_t first, int64_t count, const f
   if (i < count) out[i] = table[*bytes >> 4];
 }
 
-// Decodes elements first…first + count, which may begin and end anywhere in their blocks. A block's scaled table gives the same bits
-// as scaling each element, for 16 multiplications a block.
-inline void decode_4bit(const uint8_t* packed, const float* absmax, const FourBitBook& book, int64_t blocksize, int64_t first, int64_t count,
-                        float* __restrict out) {
+// Decodes elements first…first + count, which may begin and end anywhere in their blocks. A block's scaled table gives the same
+// bits as scaling each element, for 16 multiplications a block.
+inline void decode_4bit(const uint8_t* packed, const float* absmax, const FourBitBook& book, int64_t blocksize, int64_t first,
+                        int64_t count, float* __restrict out) {
   while (count > 0) {
     const int64_t block = first / blocksize;
     const int64_t part = smaller(count, (block + 1) * blocksize - first);
@@ -82,4 +82,4 @@ inline void decode_4bit(const uint8_t* packed, const float* absmax, const FourBi
 }
 
 }  // namespace
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -8,17 +8,19 @@
 #include "four_bit.h"
 #include "vector.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int kTile = 4;            // tokens and rows of a register tile
-constexpr int64_t kPanelRows = 8;   // weight rows decoded together
+constexpr int kTile = 4;              // tokens and rows of a register tile
+constexpr int64_t kPanelRows = 8;     // weight rows decoded together
 constexpr int64_t kPanelTokens = 64;  // tokens that a decoded panel serves
-constexpr int64_t kPanelK = 512;    // in features decoded at a time: the panel stays in L1
+constexpr int64_t kPanelK = 512;      // in features decoded at a time: the panel stays in L1
 
-// Adds x · w over `width` features to sums of `Tokens` tokens and kTile rows. Rows of w are kPanelK floats apart and zero beyond the width.
+// Adds x · w over `width` features to sums of `Tokens` tokens and kTile rows. Rows of w are kPanelK floats apart and zero beyond
+// the width.
 template <int Tokens>
-inline void accumulate_tile(const float* x, int64_t x_stride, const float (*w)[kPanelK], int64_t width, Vector (*sums)[kPanelRows]) {
+inline void accumulate_tile(const float* x, int64_t x_stride, const float (*w)[kPanelK], int64_t width,
+                            Vector (*sums)[kPanelRows]) {
   Vector tile[Tokens][kTile];
   for (int t = 0; t < Tokens; ++t)
     for (int r = 0; r < kTile; ++r) tile[t][r] = sums[t][r];
@@ -46,10 +48,14 @@ inline void accumulate_tile(const float* x, int64_t x_stride, const float (*w)[k
 inline void accumulate_tokens(int64_t tokens, const float* x, int64_t x_stride, const float (*w)[kPanelK], int64_t width,
                               Vector (*sums)[kPanelRows]) {
   switch (tokens) {
-    case 1: return accumulate_tile<1>(x, x_stride, w, width, sums);
-    case 2: return accumulate_tile<2>(x, x_stride, w, width, sums);
-    case 3: return accumulate_tile<3>(x, x_stride, w, width, sums);
-    default: return accumulate_tile<kTile>(x, x_stride, w, width, sums);
+    case 1:
+      return accumulate_tile<1>(x, x_stride, w, width, sums);
+    case 2:
+      return accumulate_tile<2>(x, x_stride, w, width, sums);
+    case 3:
+      return accumulate_tile<3>(x, x_stride, w, width, sums);
+    default:
+      return accumulate_tile<kTile>(x, x_stride, w, width, sums);
   }
 }
 
@@ -99,12 +105,17 @@ inline void dot_tile(const int8_t* const (&a)[kTile], const int8_t* const (&b)[k
     for (int r = 0; r < kTile; ++r) sums[t][r] = sum_integers(tile[t][r]);
 }
 
-inline void dot_tokens(int64_t tokens, const int8_t* const (&a)[kTile], const int8_t* const (&b)[kTile], int64_t K, int32_t (*sums)[kTile]) {
+inline void dot_tokens(int64_t tokens, const int8_t* const (&a)[kTile], const int8_t* const (&b)[kTile], int64_t K,
+                       int32_t (*sums)[kTile]) {
   switch (tokens) {
-    case 1: return dot_tile<1>(a, b, K, sums);
-    case 2: return dot_tile<2>(a, b, K, sums);
-    case 3: return dot_tile<3>(a, b, K, sums);
-    default: return dot_tile<kTile>(a, b, K, sums);
+    case 1:
+      return dot_tile<1>(a, b, K, sums);
+    case 2:
+      return dot_tile<2>(a, b, K, sums);
+    case 3:
+      return dot_tile<3>(a, b, K, sums);
+    default:
+      return dot_tile<kTile>(a, b, K, sums);
   }
 }
 
@@ -159,4 +170,4 @@ void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
   }
 }
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -5,9 +5,9 @@
 #include "kernels.h"
 #include "level.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 
 void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last);
 void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last);
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

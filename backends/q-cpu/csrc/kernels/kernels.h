@@ -1,7 +1,7 @@
 // What the kernels take and the table they are called through.
 //
-// A kernel knows pointers, sizes and strides only. It works on a half-open range of its units (blocks, rows, columns, elements), and
-// the result of a unit depends on nothing but that unit's input, so any partition over threads gives the same bits.
+// A kernel knows pointers, sizes and strides only. It works on a half-open range of its units (blocks, rows, columns, elements),
+// and the result of a unit depends on nothing but that unit's input, so any partition over threads gives the same bits.
 //
 // The kernel sources are compiled once an ISA level, each time into a namespace of its own; a `Kernels` table is all that a level
 // exports. This header must stay free of inline functions and of std: what it defined would be compiled with AVX flags by one level

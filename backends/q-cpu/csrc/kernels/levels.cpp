@@ -2,12 +2,18 @@
 
 namespace q_cpu {
 
-namespace baseline { extern const Kernels table; }
+namespace baseline {
+extern const Kernels table;
+}
 
 #if defined(__x86_64__)
 
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 
 int find_levels(Level levels[kMaxLevels]) {
   __builtin_cpu_init();

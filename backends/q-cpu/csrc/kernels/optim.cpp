@@ -4,7 +4,7 @@
 
 #include "blocks.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 1024;  // elements of a 32-bit step taken at a time when they need converting
@@ -17,7 +17,8 @@ inline float adamw_parameter(float param, float m, float v, const AdamW& rule) {
 }
 
 // Updates float32 parameters and states in place.
-inline void adamw_block(float* param, const float* grad, float* __restrict m, float* __restrict v, int64_t count, const AdamW& rule) {
+inline void adamw_block(float* param, const float* grad, float* __restrict m, float* __restrict v, int64_t count,
+                        const AdamW& rule) {
   for (int64_t i = 0; i < count; ++i) {
     const float g = grad[i];
     m[i] = rule.beta1 * m[i] + rule.one_minus_beta1 * g;
@@ -81,4 +82,4 @@ void adamw_32bit(const AdamW32bit& a, const AdamW& rule, int64_t first, int64_t 
   }
 }
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -5,9 +5,9 @@
 #include "kernels.h"
 #include "level.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 
 void adamw_8bit(const AdamW8bit& a, const AdamW& rule, int64_t first, int64_t last);
 void adamw_32bit(const AdamW32bit& a, const AdamW& rule, int64_t first, int64_t last);
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -6,15 +6,15 @@
 #include "four_bit.h"
 #include "vector.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 inline int64_t block_length(int64_t block, int64_t blocksize, int64_t numel) {
   return smaller(blocksize, numel - block * blocksize);
 }
 
-// Codes of scaled values, one a byte, in whole vectors: both buffers have room up to the next multiple of kLanes. Each midpoint below s
-// adds its step; a comparison of vectors gives -1 where it holds.
+// Codes of scaled values, one a byte, in whole vectors: both buffers have room up to the next multiple of kLanes. Each midpoint
+// below s adds its step; a comparison of vectors gives -1 where it holds.
 inline void encode_nibbles(const float* s, int64_t count, const FourBitBook& book, uint8_t* codes) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -53,8 +53,8 @@ inline float encode_block_4bit(const float* x, int64_t count, const FourBitBook&
   return absmax;
 }
 
-// max |x| of a row, elements at or above the threshold left out, as a bit pattern. All bits of NaN are above those of any threshold,
-// but NaN is not an outlier, so it is asked for by itself.
+// max |x| of a row, elements at or above the threshold left out, as a bit pattern. All bits of NaN are above those of any
+// threshold, but NaN is not an outlier, so it is asked for by itself.
 inline uint32_t counted_absmax_bits(const float* x, int64_t count, float threshold) {
   if (threshold == 0.0f) return absmax_bits(x, count);
   const int32_t limit = static_cast<int32_t>(bits_of(threshold));
@@ -160,7 +160,7 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
     }
     a.absmax_T[t] = absmax_value(bits);
     if (!is_scalable(bits)) {
-      memset(a.q_TK + t * a.K, 0, static_cast<size_t>(a.K));
+      if (a.K > 0) memset(a.q_TK + t * a.K, 0, static_cast<size_t>(a.K));  // without columns there is no memory either
       continue;
     }
     for (int64_t k = 0; k < a.K; k += kMaxBlocksize) {
@@ -171,4 +171,4 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
   }
 }
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

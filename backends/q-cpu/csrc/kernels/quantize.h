@@ -5,7 +5,7 @@
 #include "kernels.h"
 #include "level.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 
 void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last);
 void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t last);
@@ -14,4 +14,4 @@ void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last);
 void find_outlier_columns(const QuantizeInt8Rowwise& a, int64_t first, int64_t last);
 void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t last);
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -4,22 +4,13 @@
 #include "optim.h"
 #include "quantize.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 
 extern const Kernels table;
 const Kernels table = {
-    Q_CPU_LEVEL_NAME,
-    Q_CPU_LEVEL_DISPLAY,
-    quantize_blockwise,
-    dequantize_blockwise,
-    quantize_4bit,
-    dequantize_4bit,
-    find_outlier_columns,
-    quantize_int8_rowwise,
-    gemm_4bit,
-    int8_gemm,
-    adamw_8bit,
-    adamw_32bit,
+    Q_CPU_LEVEL_NAME, Q_CPU_LEVEL_DISPLAY, quantize_blockwise,   dequantize_blockwise,
+    quantize_4bit,    dequantize_4bit,     find_outlier_columns, quantize_int8_rowwise,
+    gemm_4bit,        int8_gemm,           adamw_8bit,           adamw_32bit,
 };
 
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL

@@ -8,7 +8,7 @@
 
 #include "convert.h"
 
-Q_CPU_LEVEL_BEGIN
+namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 #if defined(__AVX512F__)
@@ -37,9 +37,11 @@ inline Vector load_part(const float* from, int64_t count) {
 // a * b + c: fused where the level has it.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vector>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<Vector>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  return reinterpret_cast<Vector>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<Vector>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
@@ -102,4 +104,4 @@ inline int32_t sum_integers(Integers v) {
 }
 
 }  // namespace
-Q_CPU_LEVEL_END
+}  // namespace q_cpu::Q_CPU_LEVEL
