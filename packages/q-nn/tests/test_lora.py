@@ -121,6 +121,8 @@ def test_targets(make_llama: MakeLlama) -> None:
     assert adapted(("lm_head",)) == {"lm_head"}
     with pytest.raises(ValueError, match="means no linear layer"):
         adapted(("proj",))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied"):
+        add_lora(make_llama(tied=True), LoRAConfig(target=("lm_head",)))
 
 
 def test_dropout_is_for_training_alone() -> None:

@@ -24,6 +24,9 @@ class QuantizedLinear(nn.Linear):
     The weight is frozen; gradients flow through it to the input, and to the bias.
     """
 
+    holds: ClassVar[type[WeightFormat]]
+    """The kind of format that a subclass takes."""
+
     def __init__(
         self,
         in_features: int,
@@ -54,7 +57,7 @@ class QuantizedLinear(nn.Linear):
 
     def accepts_format(self, format: WeightFormat) -> bool:
         """Whether a checkpoint's weight in that format may be loaded."""
-        raise NotImplementedError
+        return isinstance(format, self.holds)
 
     def reset_parameters(self) -> None:
         """Draw a new random weight, as ``nn.Linear`` does, and quantize it."""
@@ -102,6 +105,8 @@ class Linear4bit(QuantizedLinear):
             without gradients, see :func:`q_core.formats.quantized_tensor.resolve`.
     """
 
+    holds = FourBit
+
     def __init__(
         self,
         in_features: int,
@@ -127,9 +132,6 @@ class Linear4bit(QuantizedLinear):
             ValueError: the weight has an element that is not finite.
         """
         return cls._around(linear, QuantizedTensor.quantize(linear.weight, _four_bit(quant_type, blocksize, double_quant)))
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        return isinstance(format, FourBit)
 
 
 class _FixedType(Linear4bit):
@@ -193,6 +195,8 @@ class Linear8bitLt(QuantizedLinear):
         activations: "int8" as above, or "native": the input isn't rounded, which is slower and nearer to the original layer.
     """
 
+    holds = Int8Rows
+
     def __init__(
         self,
         in_features: int,
@@ -231,9 +235,6 @@ class Linear8bitLt(QuantizedLinear):
     def _hold(self, weight: QuantizedTensor) -> None:
         super()._hold(weight)
         self.activations = "int8"
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        return isinstance(format, Int8Rows)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activations={self.activations!r}"

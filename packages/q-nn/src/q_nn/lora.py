@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.layers import replace_module
+from q_nn.ties import tied_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[nn.Parameter]:
         The parameters to train, for an optimizer.
 
     Raises:
-        ValueError: nothing in the model is meant, or it has adapters already; nothing is changed then.
+        ValueError: nothing in the model is meant, or something tied is, or it has adapters already; nothing is changed then.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("add_lora: the model has adapters already; merge_lora(model) first")
@@ -131,6 +132,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[nn.Parameter]:
         raise ValueError(
             f"add_lora: target {config.target!r} means no linear layer; the model has {', '.join(list(linears)[:5]) or 'none'}"
         )
+    if tied := [f"{name}.weight" for name in chosen if f"{name}.weight" in tied_parameters(model)]:
+        raise ValueError(f"add_lora: {tied[0]} is tied to another module, which merging would change too; leave it out of target")
     model.requires_grad_(False)
     trainable: list[nn.Parameter] = []
     for linear in chosen.values():

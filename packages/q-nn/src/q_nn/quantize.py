@@ -15,6 +15,7 @@ from q_nn.config import DEFAULT_SKIP, QConfig
 from q_nn.layers import around, replace_module
 from q_nn.memory import tensor_bytes, weight_bytes
 from q_nn.patterns import matching
+from q_nn.ties import parameter_owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,7 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
 
 def _plan(model: nn.Module, config: QConfig) -> tuple[dict[str, nn.Linear], list[KeptParameter]]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{own}".lstrip("."))
+    owners = parameter_owners(model)
     chosen: dict[str, nn.Linear] = {}
     kept: list[KeptParameter] = []
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
 from q_nn.linear import Linear8bitLt
 from q_nn.patterns import matching
+from q_nn.ties import tied_parameters
 
 
 def replace_linears(
@@ -47,7 +48,7 @@ def plan_replacements(
         *(_default_skips(model) if config.skip is None else config.skip),
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
     ]
-    tied = _tied_parameters(model)
+    tied = tied_parameters(model)
     chosen: dict[str, tuple[nn.Linear, nn.Linear]] = {}
     for name, module in model.named_modules():
         if type(module) not in linear_types or matching(name, skip) is not None or f"{name}.weight" in tied:
@@ -65,20 +66,9 @@ def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
     return layer
 
 
-def _tied_parameters(model: nn.Module) -> set[str]:
-    """Names of parameters that go by more than one, each of them, and of those that transformers declares tied."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    tied = {name for group in names.values() if len(group) > 1 for name in group}
-    for pair in getattr(model, "all_tied_weights_keys", {}).items():  # on the meta device they aren't one object yet
-        tied.update(pair)
-    return tied
-
-
 def _default_skips(model: nn.Module) -> set[str]:
     """What transformers leaves alone where the config doesn't say: tied weights, the last module, the output layer."""
-    keys = _tied_parameters(model) | {list(model.named_parameters())[-1][0]}
+    keys = tied_parameters(model) | {list(model.named_parameters())[-1][0]}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     names = {name for name, module in model.named_modules() if output is not None and module is output}
     return names | {key.removesuffix(".weight") for key in keys}

@@ -170,10 +170,10 @@ class QuantizedTensor(torch.Tensor):
 def resolve(weight: QuantizedTensor) -> Components:
     """A weight's components as the ops take them: double-quantized scales decoded.
 
-    Decoding them for every token of a generation would cost about as much as a fifth of the product itself, so what is decoded while no
-    gradients are recorded is kept: half a bit a weight at blocksize 64, counted by :attr:`QuantizedTensor.cached_bytes`. It is keyed to
-    the components' version counters, and no copy, move or pickle takes it along, so it is never out of date. Training decodes anew each
-    time and keeps nothing.
+    Decoding them takes 6 % of the time of a one-token product with 4096 × 4096 weights (measured on a CPU, q-cpu 0.1), and a larger
+    share of a faster product. So what is decoded while no gradients are recorded is kept: half a bit a weight at blocksize 64, counted
+    by :attr:`QuantizedTensor.cached_bytes`. It is keyed to the components' version counters, and no copy, move or pickle takes it
+    along, so it is never out of date. Training, where one decoding serves many tokens, keeps nothing.
 
     A function and not a method, because torch.compile traces into functions, and takes methods of tensors for operators.
     """
