@@ -65,8 +65,9 @@ def wheels(session: nox.Session) -> None:
     pip_install(session, "--group", "wheels")
     built = BUILD / "dist"
     shutil.rmtree(built, ignore_errors=True)
+    pins = {"PIP_CONSTRAINT": str(Path(CONSTRAINTS).absolute())}
     for folder in DISTRIBUTIONS:
-        session.run("python", "-m", "build", "--outdir", str(built), str(copy_of_sources(folder)), silent=True)
+        session.run("python", "-m", "build", "--outdir", str(built), str(copy_of_sources(folder)), silent=True, env=pins)
     files = [str(path) for path in sorted(built.iterdir())]
     session.run("twine", "check", "--strict", *files)
     session.run("python", ".ci/check_distributions.py", *files)
