@@ -137,3 +137,14 @@ def test_seeded_draws_do_not_depend_on_the_batch(tiny_directory: Path) -> None:
     assert busy.scheduler.num_preemptions > 0
     assert together.output_tokens == alone.output_tokens
     assert len({tuple(each.output_tokens) for each in crowd}) == 6
+
+
+def test_each_token_has_a_draw_of_its_own(save: Callable[[PreTrainedModel], Path], tiny_llama: LlamaForCausalLM) -> None:
+    model = LlamaForCausalLM(tiny_llama.config)
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is as likely as any
+    engine = build(EngineOptions(model=save(model), dtype="float32", num_blocks=40, max_model_len=100)).engine
+    drawn = request("drawn", [1], max_tokens=60, temperature=1.0, seed=1)
+    engine.add(drawn)
+    run(engine)
+    # of 60 draws from 320, about 55 differ
+    assert len(set(drawn.output_tokens)) > 40

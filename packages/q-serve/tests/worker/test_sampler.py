@@ -45,6 +45,11 @@ def test_truncation_keeps_the_shares_of_what_is_left() -> None:
         assert ((seen[kept] / 20_000 - share).abs() < 0.02).all()
 
 
+def test_top_p_keeps_no_token_that_it_does_not_need() -> None:
+    assert counts(torch.zeros(4), 500, top_p=0.5).count_nonzero() == 2
+    assert counts(torch.zeros(4), 500, top_p=0.51).count_nonzero() == 3
+
+
 parameters = st.tuples(st.sampled_from([0.0, 1e-300, 0.3, 1.0, 2.0]), st.sampled_from([1e-9, 0.5, 1.0]), st.integers(0, 9))
 rows = st.lists(st.lists(st.floats(-50, 50, width=32), min_size=7, max_size=7), min_size=1, max_size=6)
 
