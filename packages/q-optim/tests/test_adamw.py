@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from q_core.formats.codebooks import DYNAMIC_SIGNED_BOUND, dynamic_map_values
+from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_SIGNED_BOUND, DYNAMIC_UNSIGNED
 from q_core.specs.bounds import FACTOR
 from q_optim import AdamW8bit, state_bytes
 
@@ -37,7 +37,7 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: r
 
 
 def decode(codes: Tensor, absmax: Tensor, *, signed: bool, blocksize: int = 256) -> Tensor:
-    book = torch.tensor(dynamic_map_values(signed=signed), dtype=torch.float64)
+    book = torch.tensor((DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED), dtype=torch.float64)
     scales = absmax.double().repeat_interleave(blocksize)[: codes.numel()]
     return book[codes.long().reshape(-1)] * scales
 

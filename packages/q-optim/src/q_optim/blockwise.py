@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from q_core import ops
-from q_core.formats.codebooks import dynamic_map, dynamic_map_values
+from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, dynamic_map
 from q_core.specs.check import BLOCKSIZES, FLOATS
 from q_core.specs.optim import OptimizerName
 
@@ -175,7 +175,7 @@ def _new_state(group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         return {"step": 0, **moments}
     state: dict[str, Any] = {"step": 0}
     for name, signed in (("state1", True), ("state2", False)):
-        zero = dynamic_map_values(signed=signed).index(0.0)
+        zero = (DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED).index(0.0)
         state[name] = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
     for name in ("absmax1", "absmax2"):
         state[name] = torch.zeros(_blocks(group, param), dtype=torch.float32, device=param.device)

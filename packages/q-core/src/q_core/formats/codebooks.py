@@ -7,6 +7,8 @@ thousand quantized tensors holds one copy.
 from __future__ import annotations
 
 import functools
+import itertools
+import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,18 +59,41 @@ DYNAMIC_UNSIGNED_BOUND = 0.00352
 INT8_BOUND = 1 / 254
 
 
-@functools.cache
-def dynamic_map_values(*, signed: bool) -> tuple[float, ...]:
-    """The dynamic 8-bit map (arXiv 2110.02861): 256 float32 values, ascending, finest near zero."""
+def _float32(x: float) -> float:
+    """Rounded to float32."""
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
+
+
+def _dynamic_values(*, signed: bool) -> tuple[float, ...]:
+    """The dynamic 8-bit map (arXiv 2110.02861): 256 float32 values, ascending, finest near zero.
+
+    In each decade 0.1…1 is divided evenly, and the means of neighbouring bounds are taken. Written in Python, with the roundings by which
+    the checkpoints that exist were made: a library's ``linspace`` may round otherwise on another machine.
+    """
     values = [0.0, 1.0]
+    start = _float32(0.1)
     for exponent in range(7):
-        items = 2**exponent + 1 if signed else 2 ** (exponent + 1) + 1
-        bounds = torch.linspace(0.1, 1, items, dtype=torch.float32)
-        means = ((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (exponent - 6)).tolist()
+        intervals = 2**exponent if signed else 2 ** (exponent + 1)
+        step = _float32(_float32(1 - start) / intervals)
+        # From both ends to the middle; product and sum are rounded once.
+        bounds = [
+            _float32(start + step * i) if i < (intervals + 1) // 2 else _float32(1 - step * (intervals - i))
+            for i in range(intervals + 1)
+        ]
+        scale = _float32(10.0 ** (exponent - 6))
+        means = [_float32(_float32(_float32(a + b) / 2) * scale) for a, b in itertools.pairwise(bounds)]
         values += means
         if signed:
             values += [-x for x in means]
     return tuple(sorted(values))
+
+
+DYNAMIC_SIGNED = _dynamic_values(signed=True)
+"""Code book of values of both signs, such as first moments: 256 values in -0.993…1, zero at index 127."""
+
+DYNAMIC_UNSIGNED = _dynamic_values(signed=False)
+"""Code book of values that are never negative, such as second moments: 256 values in 0…1."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,19 +106,11 @@ def book_tensor(quant_type: FourBitType, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(dynamic_map_values(signed=signed), dtype=torch.float32, device=device)
+        return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
 
 
 def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(_constant_values(signed), dtype=torch.float32, device=device)
+    if torch.compiler.is_compiling():  # a cache doesn't belong into a graph; a constant does
+        return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
     return _dynamic_map(signed, torch.device(device))
-
-
-def _constant_values(signed: bool) -> tuple[float, ...]:
-    return dynamic_map_values(signed=signed)
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_constant_values._dynamo_marked_constant = True  # type: ignore[attr-defined]
