@@ -49,9 +49,13 @@ def build(options: EngineOptions) -> BuiltEngine:
     ends = stop_token_ids(options.model, dict(config.raw))
     num_blocks, max_model_len = _cache_size(options, config, dtype)
     model = load_model(options.model, config, dtype=dtype, device=device)
-    runner = ModelRunner(
-        model, num_blocks=num_blocks, block_size=options.block_size, max_model_len=max_model_len, dtype=dtype, device=device
-    )
+    try:
+        runner = ModelRunner(
+            model, num_blocks=num_blocks, block_size=options.block_size, max_model_len=max_model_len, dtype=dtype, device=device
+        )
+    except RuntimeError as error:
+        size = num_blocks * kv_block_bytes(config, options.block_size, dtype)
+        raise ModelError(f"a KV cache of {size} bytes can't be had on {device}: {str(error).splitlines()[0]}") from error
     pool = BlockPool(num_blocks, options.block_size, model=f"{options.model.resolve()}:{dtype}")
     limits = SchedulerConfig(
         max_batch_tokens=options.max_batch_tokens, max_requests=options.max_requests, max_model_len=max_model_len

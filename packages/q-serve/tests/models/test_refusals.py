@@ -114,6 +114,7 @@ def test_files_that_are_no_model(directory: Path, tmp_path: Path) -> None:
         ({"max_model_len": 1024}, "the model was made for 512"),
         ({"max_model_len": 512, "num_blocks": 4}, "holds 64 tokens"),
         ({"kv_cache_memory": 100}, "one block of 16 tokens needs 8192"),
+        ({"num_blocks": 1 << 40}, "a KV cache of 9007199254740992 bytes can't be had on cpu"),
     ],
 )
 def test_options_that_do_not_fit(directory: Path, options: dict[str, Any], message: str) -> None:

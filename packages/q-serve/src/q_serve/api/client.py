@@ -74,16 +74,20 @@ class EngineClient:
         """Raise ValueError if a request can never be served. Reads limits only, which never change."""
         self._scheduler.check(num_prompt_tokens, max_tokens)
 
+    def admit(self, count: int) -> None:
+        """Raise ApiError if that many more requests wouldn't be taken now: 429 if there are too many, 503 if no more are taken at all."""
+        if self._closed is not None:
+            raise unavailable(self._closed)
+        if self.num_requests + count > self._capacity:
+            raise overloaded(f"{self.num_requests} requests are being served or wait, and {self._capacity} may; try again later")
+
     def submit(self, requests: Sequence[Request]) -> RequestGroup:
         """Hand requests to the engine, all or none.
 
         Raises:
-            ApiError: 429 if there are too many already, 503 if no more are taken.
+            ApiError: as :meth:`admit`.
         """
-        if self._closed is not None:
-            raise unavailable(self._closed)
-        if self.num_requests + len(requests) > self._capacity:
-            raise overloaded(f"{self.num_requests} requests are being served or wait, and {self._capacity} may; try again later")
+        self.admit(len(requests))
         group = RequestGroup(self, [request.id for request in requests])
         for request in requests:
             self._groups[request.id] = group

@@ -78,6 +78,7 @@ class Service:
         return self._submit(request, [prompt], request.limit, default=None, param="messages")
 
     def _check(self, request: GenerationRequest) -> None:
+        self.client.admit(request.n)  # asked again when the prompts are encoded; under overload that work isn't begun
         if request.model != self.model_name:
             raise ApiError(
                 404, f"model {request.model!r} is not served here; {self.model_name!r} is", param="model", code="model_not_found"
