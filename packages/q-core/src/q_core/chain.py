@@ -39,7 +39,8 @@ class _Fallback:
 
     def __init__(self, record: OpRecord, device_type: str, chain: Sequence[Implementation], policy: FallbackPolicy) -> None:
         self._record, self._device_type, self._policy = record, device_type, policy
-        self._declined, self._reference = chain[:-1], chain[-1]
+        self._declined, self._reference = chain[:-1], chain[-1].function
+        self._positions = [record.arguments.index(name) for name in chain[-1].arguments]
         self._said = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -48,7 +49,7 @@ class _Fallback:
         if not self._said:
             self._said = True
             logger.warning("%s; the reference serves it, slowly.", self._why(arguments))
-        return self._reference.function(*(arguments[i] for i in map(self._record.arguments.index, self._reference.arguments)))
+        return self._reference(*[arguments[i] for i in self._positions])
 
     def _why(self, arguments: Sequence[Any]) -> str:
         return no_backend(self._record, self._device_type, self._declined, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import bitsandbytes.functional as peer
@@ -29,7 +30,7 @@ def test_4bit_books_are_the_peers(quant_type: FourBitType) -> None:
     ordered = [book.values[code] for code in book.ordered]
     assert ordered == sorted(set(book.values)), "every value once, ascending"
     assert book.values[book.zero_code] == 0 and book.zero_code in book.ordered
-    steps = [b - a for a, b in zip(ordered, ordered[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(ordered)]
     assert max(steps) / 2 <= book.bound * (1 + 1e-4)
 
 
