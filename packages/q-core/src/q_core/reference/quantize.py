@@ -85,7 +85,7 @@ def quantize_int8_rowwise(A_TK: Tensor, threshold: float) -> tuple[Tensor, Tenso
     magnitude = magnitude.masked_fill(is_outlier, 0.0)
     absmax = magnitude.amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     divisor = absmax.unsqueeze(-1)
-    factor = 127 / divisor
+    factor = torch.full_like(divisor, 127) / divisor  # a number over a tensor would be rounded twice: reciprocal, product
     codes = torch.where(factor.isfinite(), x * factor, x / divisor * 127).round().clamp(-127, 127)
     keep = (divisor > 0) & divisor.isfinite() & ~outliers
     return torch.where(keep, codes, 0.0).to(torch.int8), absmax, outliers
