@@ -131,8 +131,16 @@ def test_a_non_finite_value_poisons_its_block_and_no_other(bad: float) -> None:
     assert torch.equal((q * scale[:, None]).isnan().all(1), torch.tensor([False, True, False, False]))
 
 
-def test_int8_rows() -> None:
-    A = torch.randn(2000, 77, generator=torch.Generator().manual_seed(0)) * torch.logspace(-38, 38, 2000)[:, None]
+ALMOST_TIES = torch.arange(1.0, 301)[:, None] * torch.cat((torch.tensor([254.0]), torch.arange(-253.0, 254, 2)))
+"""Rows whose values stand half-way between two codes, where the last bit of 127 / absmax decides."""
+
+
+@pytest.mark.parametrize(
+    "A",
+    [ALMOST_TIES, torch.randn(50, 77, generator=torch.Generator().manual_seed(0)) * torch.logspace(-38, 38, 50)[:, None]],
+    ids=["almost ties", "every magnitude"],
+)
+def test_int8_rows(A: Tensor) -> None:
     q, scale, outliers = ops.quantize_int8_rowwise(A)
     absmax = A.abs().numpy().max(1)
     np.testing.assert_array_equal(scale.numpy(), absmax)

@@ -53,3 +53,6 @@ def quantize_int8_rowwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, 
         yield {"A_TK": make.normal(*shape, dtype=dtype), "threshold": 0.0}
     yield {"A_TK": make.normal(6, 40, dtype=dtype, scale=3.0), "threshold": 6.0}
     yield {"A_TK": make.strided(6, 40, dtype=dtype), "threshold": 1.5}
+    # Half-way between two codes, where the last bit of 127 / absmax decides.
+    halves = torch.cat((torch.tensor([254.0]), torch.arange(-253.0, 254, 2)))
+    yield {"A_TK": (torch.arange(1.0, 65)[:, None] * halves).to(dtype), "threshold": 0.0}
