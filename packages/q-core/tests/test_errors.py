@@ -40,7 +40,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("int8_gemm", {"a_scale": E(2)}, ValueError, r"a_scale has shape \[2\], expected \[1\], one a row of a_TK"),
     ("int8_gemm", {"a_TK": E(1, 140_000, dtype=torch.int8), "b_NK": E(32, 140_000, dtype=torch.int8)}, ValueError, "int32 sums are exact"),
     ("gemm_int8_weight", {"w_scale": E(31)}, ValueError, r"w_scale has shape \[31\], expected \[32\]"),
-    ("optimizer_step_8bit", {"name": "adamx"}, ValueError, r"name is 'adamx', expected one of 'adamw'"),
+    ("optimizer_step_8bit", {"name": "adamx"}, ValueError, r"name is 'adamx', expected one of 'adam', 'adamw'"),
     ("optimizer_step_8bit", {"lr": -1.0}, ValueError, r"lr is -1.0"),
     ("optimizer_step_8bit", {"beta2": 1.0}, ValueError, r"beta2 is 1.0"),
     ("optimizer_step_8bit", {"step": 0}, ValueError, r"step is 0"),

@@ -274,8 +274,7 @@ def blocks_step(p: Tensor, g: Tensor, states: list[Tensor], step: int, **changes
     settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | changes
     codes1, codes2, absmax1, absmax2 = states
     ops.optimizer_step_8bit(
-        "adamw", [p], [g], [codes1], [codes2], [absmax1], [absmax2], dynamic_map(signed=True), dynamic_map(signed=False),
-        step=step, **settings,
+        "adamw", [p], [g], [codes1], [codes2], absmax1=[absmax1], absmax2=[absmax2], step=step, **settings,
     )  # fmt: skip
 
 

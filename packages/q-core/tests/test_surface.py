@@ -26,10 +26,12 @@ SCHEMAS = {
     "int8_gemm": "(Tensor a_TK, Tensor b_NK, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     "gemm_int8_weight": "(Tensor x_TK, Tensor w_NK, Tensor w_scale, Tensor? bias) -> Tensor",
     "optimizer_step_8bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
-    "Tensor(a5!)[] absmax1, Tensor(a6!)[] absmax2, Tensor code1, Tensor code2, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, SymInt step, SymInt blocksize) -> ()",
+    "Tensor(a5!)[] state3, Tensor(a6!)[] absmax1, Tensor(a7!)[] absmax2, Tensor(a8!)[] absmax3, Tensor code1, Tensor code2, float lr, "
+    "float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, float dampening, bool nesterov, "
+    "float trust_coefficient, SymInt step, SymInt blocksize) -> ()",
     "optimizer_step_32bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, SymInt step) -> ()",
+    "Tensor(a5!)[] state3, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+    "float dampening, bool nesterov, float trust_coefficient, SymInt step) -> ()",
     "write_kv": "(Tensor k_TGD, Tensor v_TGD, Tensor(a2!) k_cache_BGSD, Tensor(a3!) v_cache_BGSD, Tensor slot_mapping) -> ()",
     "paged_attention": "(Tensor q_THD, Tensor k_cache_BGSD, Tensor v_cache_BGSD, Tensor block_tables, Tensor query_start, "
     "Tensor seq_lens, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal) -> Tensor",

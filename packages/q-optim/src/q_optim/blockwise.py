@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from q_core import ops
-from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, dynamic_map
+from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from q_core.specs.check import BLOCKSIZES, FLOATS
-from q_core.specs.optim import OptimizerName
+from q_core.optimizers import OptimizerName
 
 _STATE_KEYS = {
     8: ("step", "state1", "state2", "absmax1", "absmax2"),
@@ -85,10 +85,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if not state:
                 state.update(_new_state(group, param))
             buckets[param.device, _bits(group, param), state["step"] + 1].append(param)
-        for (device, bits, step), bucket in buckets.items():
-            self._update_bucket(group, bucket, device, bits, step)
+        for (_, bits, step), bucket in buckets.items():
+            self._update_bucket(group, bucket, bits, step)
 
-    def _update_bucket(self, group: dict[str, Any], params: list[Tensor], device: torch.device, bits: int, step: int) -> None:
+    def _update_bucket(self, group: dict[str, Any], params: list[Tensor], bits: int, step: int) -> None:
         # The ops walk memory flat, so a parameter that isn't contiguous (channels_last, say) is updated in a copy and written back.
         flat = [param if param.is_contiguous() else param.contiguous() for param in params]
         grads = [param.grad.contiguous() for param in params if param.grad is not None]
@@ -110,10 +110,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 grads,
                 state1,
                 state2,
-                [state["absmax1"] for state in states],
-                [state["absmax2"] for state in states],
-                dynamic_map(signed=True, device=device),
-                dynamic_map(signed=False, device=device),
+                absmax1=[state["absmax1"] for state in states],
+                absmax2=[state["absmax2"] for state in states],
                 blocksize=group["blocksize"],
                 **hyper,
             )

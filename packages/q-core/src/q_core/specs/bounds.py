@@ -14,6 +14,7 @@ from torch import Tensor
 
 from q_core.reference import gemm as reference_gemm
 from q_core.reference import norm as reference_norm
+from q_core.reference import quantize as reference_quantize
 
 FACTOR = {torch.float32: 8.0, torch.bfloat16: 1.5, torch.float16: 1.5}
 TINY = 1e-30
@@ -52,27 +53,49 @@ def int8_gemm(arguments: Arguments, expected: Tensor) -> Tensor:
     return _tolerance(expected.double().abs() + 2 * offset, arguments["dtype"])
 
 
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
+
+
+def _update_size(arguments: Arguments, index: int) -> float:
+    """What an update is at most: gradient and first moments as they are, or over a second moment that belongs to them."""
+    size = 1 + _largest(arguments["grads"][index]) + arguments["weight_decay"] * _largest(arguments["params"][index])
+    for number, factor in ((1, 1.0), (3, 1 + arguments["alpha"])):
+        scales = arguments.get(f"absmax{number}") or arguments[f"state{number}"]
+        size += factor * _largest(scales[index]) if scales else 0.0
+    return size / (1 - arguments["beta2"]) ** 0.5
+
+
 def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
     """A float32 state or a parameter may miss by its rounding; a code by one step, where a rounding crosses a midpoint.
 
-    The terms of a state are its old value and the gradient or its square. For states that belong together an update of Adam's kind is at
-    most lr / sqrt(1 - beta2) (arXiv 1412.6980, 2.1), which is what a parameter's update is off by a share of.
+    The terms of a state are its old value and the gradient or its square; an update over sqrt(v) is at most that of a first step, times
+    1 / sqrt(1 - beta2) (arXiv 1412.6980, 2.1). Lion's sign may fall either way where rounding decides it.
     """
-    gradients = [gradient.double().abs() for gradient in arguments["grads"]]
-    reach = arguments["lr"] / (1 - arguments["beta2"]) ** 0.5
 
     def bound(name: str, index: int, value: Tensor) -> Tensor:
         if value.dtype is torch.uint8:
             return torch.ones(())
-        before = arguments[name][index].double().abs()
-        if name == "params":
-            term: Tensor | float = reach
-        else:
-            gradient = gradients[index] if name.startswith("state") else gradients[index].max()
-            term = torch.maximum(gradient, gradient.square()).view(before.shape if name.startswith("state") else ())
-        return _tolerance(value.double().abs() + before + term, value.dtype)
+        magnitude = value.double().abs() + arguments[name][index].double().abs()
+        size = _update_size(arguments, index)
+        term = arguments["lr"] * size if name == "params" else max(size, size**2)
+        return _tolerance(magnitude + term, value.dtype) + (2 * arguments["lr"] * _undecided(arguments, index) if name == "params" else 0)
 
     return {name: [bound(name, i, value) for i, value in enumerate(values)] for name, values in expected.items()}
+
+
+def _undecided(arguments: Arguments, index: int) -> Tensor:
+    """Where the sign that Lion takes hangs on a rounding, 1; else 0."""
+    if arguments["name"] != "lion":
+        return torch.zeros(())
+    momentum, gradient = arguments["state1"][index], arguments["grads"][index].double()
+    if momentum.dtype is torch.uint8:
+        momentum = reference_quantize.decode(
+            momentum, arguments["absmax1"][index], arguments["code1"], arguments["blocksize"]
+        ).view(gradient.shape)
+    beta = arguments["beta1"]
+    terms = torch.stack((beta * momentum.double(), (1 - beta) * gradient))
+    return (terms.sum(0).abs() <= _tolerance(terms.abs().sum(0), torch.float32)).double()
 
 
 def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from q_core.optimizers import RULES
 from q_core.record import OpRecord
 from q_core.samples import optim as samples
 from q_core.specs import bounds, check
 from q_core.specs.quantize import check_absmax, check_code
 
-OptimizerName = Literal["adamw"]
-NAMES = get_args(OptimizerName)
+NEUTRAL: dict[str, Any] = {
+    "state3": [],
+    "beta3": 0.0,
+    "alpha": 0.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "trust_coefficient": 0.0,
+}
 
 
-def _check_rule(op: str, name: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
-    if name not in NAMES:
-        check.wrong_value(op, "name", name, "one of " + ", ".join(map(repr, NAMES)))
-    for argument, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < float("inf"):
+def _check_rule(op: str, name: str, lr: float, weight_decay: float, step: int, **settings: float) -> None:
+    if name not in RULES:
+        check.wrong_value(op, "name", name, "one of " + ", ".join(map(repr, RULES)))
+    for argument, value in settings.items():
+        if value and argument not in RULES[name].settings:
+            check.wrong_value(op, argument, value, f"0, since {name!r} doesn't use it")
+        upper = 1.0 if argument in ("beta1", "beta2", "beta3", "dampening") else math.inf
+        if not 0.0 <= value < upper:
+            check.wrong_value(op, argument, value, "0 or more and less than 1" if upper == 1.0 else "a finite number, 0 or more")
+    for argument, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0.0 <= value < math.inf:
             check.wrong_value(op, argument, value, "a finite number, 0 or more")
-    for argument, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= value < 1.0:
-            check.wrong_value(op, argument, value, "0 or more and less than 1")
+    if settings["nesterov"] and not settings["beta1"]:
+        check.wrong_value(op, "nesterov", True, "False without a momentum (beta1)")
     if step < 1:
         check.wrong_value(op, "step", step, "1 or more; the first step is 1")
 
 
-def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
+def _check_states(op: str, kept: tuple[str, ...], **states: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """The lists of the states that a rule keeps; the others must be empty."""
+    for argument, tensors in states.items():
+        if tensors and argument.replace("absmax", "state") not in kept:
+            raise ValueError(f"{op}: {argument} has {len(tensors)} tensors, expected none: the rule has {', '.join(kept) or 'no state'}.")
+    return {argument: tensors for argument, tensors in states.items() if argument.replace("absmax", "state") in kept}
+
+
+def _check_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     count = len(lists["params"])
     for argument, tensors in lists.items():
         if len(tensors) != count:
@@ -60,30 +81,45 @@ def check_optimizer_step_8bit(
     grads: Sequence[Tensor],
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
+    state3: Sequence[Tensor],
     absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor],
+    absmax3: Sequence[Tensor],
     code1: Tensor,
     code2: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
+    beta3: float,
+    alpha: float,
     eps: float,
     weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+    trust_coefficient: float,
     step: int,
     blocksize: int,
 ) -> None:
     op = "optimizer_step_8bit"
-    _check_rule(op, name, lr, beta1, beta2, eps, weight_decay, step)
+    _check_rule(
+        op, name, lr, weight_decay, step, beta1=beta1, beta2=beta2, beta3=beta3, alpha=alpha, eps=eps,
+        dampening=dampening, nesterov=nesterov, trust_coefficient=trust_coefficient,
+    )  # fmt: skip
     check.block_size(op, blocksize)
     check_code(op, "code1", code1)
     check_code(op, "code2", code2)
-    _check_lists(op, params=params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
+    states = _check_states(
+        op, RULES[name].names(beta1),
+        state1=state1, state2=state2, state3=state3, absmax1=absmax1, absmax2=absmax2, absmax3=absmax3,
+    )  # fmt: skip
+    _check_lists(op, {"params": params, "grads": grads, **states})
     check.one_device(op, ("params[0]", "code1", "code2"), params[0], code1, code2)
-    for i, param in enumerate(params):
-        _check_state(op, f"state1[{i}]", state1[i], torch.uint8, param)
-        _check_state(op, f"state2[{i}]", state2[i], torch.uint8, param)
-        check_absmax(op, absmax1[i], param.numel(), blocksize)
-        check_absmax(op, absmax2[i], param.numel(), blocksize)
+    for argument, tensors in states.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if argument.startswith("absmax"):
+                check_absmax(op, tensor, param.numel(), blocksize)
+            else:
+                _check_state(op, f"{argument}[{i}]", tensor, torch.uint8, param)
 
 
 def check_optimizer_step_32bit(
@@ -92,19 +128,29 @@ def check_optimizer_step_32bit(
     grads: Sequence[Tensor],
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
+    state3: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
+    beta3: float,
+    alpha: float,
     eps: float,
     weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+    trust_coefficient: float,
     step: int,
 ) -> None:
     op = "optimizer_step_32bit"
-    _check_rule(op, name, lr, beta1, beta2, eps, weight_decay, step)
-    _check_lists(op, params=params, grads=grads, state1=state1, state2=state2)
-    for i, param in enumerate(params):
-        _check_state(op, f"state1[{i}]", state1[i], torch.float32, param)
-        _check_state(op, f"state2[{i}]", state2[i], torch.float32, param)
+    _check_rule(
+        op, name, lr, weight_decay, step, beta1=beta1, beta2=beta2, beta3=beta3, alpha=alpha, eps=eps,
+        dampening=dampening, nesterov=nesterov, trust_coefficient=trust_coefficient,
+    )  # fmt: skip
+    states = _check_states(op, RULES[name].names(beta1), state1=state1, state2=state2, state3=state3)
+    _check_lists(op, {"params": params, "grads": grads, **states})
+    for argument, tensors in states.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            _check_state(op, f"{argument}[{i}]", tensor, torch.float32, param)
 
 
 RECORDS = (
@@ -115,7 +161,8 @@ RECORDS = (
         fake=check_optimizer_step_8bit,
         samples=samples.optimizer_step_8bit,
         bound=bounds.optimizer_step,
-        mutates=("params", "state1", "state2", "absmax1", "absmax2"),
+        mutates=("params", "state1", "state2", "state3", "absmax1", "absmax2", "absmax3"),
+        neutral=NEUTRAL | {"absmax3": []},
     ),
     OpRecord(
         name="optimizer_step_32bit",
@@ -124,6 +171,7 @@ RECORDS = (
         fake=check_optimizer_step_32bit,
         samples=samples.optimizer_step_32bit,
         bound=bounds.optimizer_step,
-        mutates=("params", "state1", "state2"),
+        mutates=("params", "state1", "state2", "state3"),
+        neutral=NEUTRAL,
     ),
 )
