@@ -26,5 +26,5 @@ OPS = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", OPS)
 def test_agrees_with_the_reference(op, dtype):
-    with use_backends("q_cpu"):
+    with use_backends("q_cpu", "reference"):
         assert list(map(str, disagreements(op, bound(op), dtype))) == []

@@ -24,7 +24,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dequantize_blockwise", {"codes": E(4, 64)}, TypeError, r"codes has dtype float32, expected uint8; quantize with"),
     ("dequantize_blockwise", {"absmax": E(9)}, ValueError, r"absmax has shape \[9\], expected \[4\] for 256 elements"),
     ("dequantize_blockwise", {"dtype": torch.int8}, ValueError, r"dtype is torch.int8"),
-    ("quantize_4bit", {"quant_type": "int3"}, ValueError, r"quant_type is 'int3', expected one of 'nf4', 'fp4'"),
+    ("quantize_4bit", {"quant_type": "int3"}, ValueError, r"quant_type is 'int3', expected one of 'nf4', 'fp4', 'int4'"),
     ("dequantize_4bit", {"shape": [5, 64]}, ValueError, r"packed has shape \[128\], expected 160 bytes for 320 elements"),
     ("quantize_int8_rowwise", {"threshold": -1.0}, ValueError, r"threshold is -1.0"),
     ("quantize_int8_rowwise", {"threshold": float("nan")}, ValueError, r"threshold is nan"),

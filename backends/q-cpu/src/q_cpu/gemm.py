@@ -13,22 +13,22 @@ from torch import Tensor
 
 from q_core.backend import impl
 from q_cpu.runtime import native
-from q_cpu.support import decline_dtype
+from q_cpu.support import decline_4bit_type, decline_dtype
 
 
 def _float32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def _accepts_activations(x_TK: Tensor) -> str | None:
-    return decline_dtype("x_TK", x_TK.dtype)
+def _accepts_4bit(x_TK: Tensor, quant_type: str) -> str | None:
+    return decline_dtype("x_TK", x_TK.dtype) or decline_4bit_type(quant_type)
 
 
 def _accepts_output(dtype: torch.dtype) -> str | None:
     return decline_dtype("dtype", dtype)
 
 
-@impl(accepts=_accepts_activations)
+@impl(accepts=_accepts_4bit)
 def gemm_4bit(
     x_TK: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:

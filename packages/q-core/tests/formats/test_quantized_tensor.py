@@ -240,7 +240,7 @@ def test_bad_input_is_refused() -> None:
         make(FourBit()).copy_(make(NESTED))
     with pytest.raises(ValueError, match=r"shape \[48, 64\]"):
         make(FourBit()).copy_(torch.zeros(48, 64))
-    for bad in ({"quant_type": "int4"}, {"blocksize": 48}, {"nested_blocksize": 7}):
+    for bad in ({"quant_type": "int3"}, {"blocksize": 48}, {"nested_blocksize": 7}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             FourBit(**bad)
 

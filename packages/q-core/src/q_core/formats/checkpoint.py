@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from q_core.formats.codebooks import FOUR_BIT_BOOKS, book_tensor, dynamic_map
+from q_core.formats.codebooks import BLOCKSIZES, FOUR_BIT_BOOKS, book_tensor, dynamic_map
 from q_core.formats.four_bit import FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
-from q_core.specs.check import BLOCKSIZES, short
+from q_core.specs.check import short
 
 _DTYPES = {short(dtype): dtype for dtype in WEIGHT_DTYPES}
 _MAX_JSON_BYTES = 4096
@@ -138,7 +138,7 @@ def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> Qua
     quant_type = _choice(state_key, description, "quant_type", tuple(FOUR_BIT_BOOKS))
     if not state_key.endswith(f"__{quant_type}"):
         _refuse(state_key, f"says quant_type {quant_type!r}", "the type in its key")
-    blocksize = _choice(state_key, description, "blocksize", BLOCKSIZES)
+    blocksize = _choice(state_key, description, "blocksize", FOUR_BIT_BOOKS[quant_type].blocksizes)
     dtype = _DTYPES[_choice(state_key, description, "dtype", tuple(_DTYPES))]
     shape = description["shape"]
     if not isinstance(shape, list) or not shape or not all(type(size) is int and size >= 0 for size in shape):

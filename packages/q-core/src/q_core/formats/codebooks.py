@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-FourBitType = Literal["nf4", "fp4"]
+FourBitType = Literal["nf4", "fp4", "int4", "mxfp4", "nvfp4"]
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,28 +29,48 @@ FP4 = tuple(x / 12 for x in _FP4_TWELFTHS) + tuple(-x / 12 for x in _FP4_TWELFTH
 """bitsandbytes' FP4, by code: sign, then a magnitude that is not in order. Codes 0 and 8 both mean zero. Not OCP E2M1."""
 
 
+INT4 = tuple((code - 8) / 7 for code in range(16))
+"""Integers -8…7, offset by 8, in sevenths; -8 is decoded and never made."""
+
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = tuple(x / 6 for x in _E2M1_MAGNITUDES) + tuple(-x / 6 for x in _E2M1_MAGNITUDES)
+"""OCP's 4-bit float (Microscaling Formats 1.0), by code, in sixths; codes 0 and 8 both mean zero."""
+
+ScaleRule = Literal["absmax", "e8m0", "e4m3"]
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
 @dataclass(frozen=True, slots=True)
 class FourBitBook:
-    """A 4-bit code book, its values by code and in order.
+    """A 4-bit code book, its values by code and in order, and how blocks are scaled.
 
     Attributes:
-        values: value of each code.
-        ordered: codes in ascending order of value, each value once; the zero among them is ``zero_code``.
-        bound: the largest error, as a share of the block's absmax.
+        values: value of each code, as a share of the block's scale.
+        ordered: codes that are made, in ascending order of value, each value once; the zero among them is ``zero_code``.
+        bound: the largest error, as a share of the block's absmax as stored.
+        scale: which values the stored absmax may have, see :mod:`q_core.ops.quantize`.
+        blocksizes: elements a block.
     """
 
     values: tuple[float, ...]
     ordered: tuple[int, ...]
     bound: float
+    scale: ScaleRule = "absmax"
+    blocksizes: tuple[int, ...] = BLOCKSIZES
 
     @property
     def zero_code(self) -> int:
         return self.values.index(0.0)
 
 
+_E2M1_ORDERED = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
+
 FOUR_BIT_BOOKS: dict[str, FourBitBook] = {
     "nf4": FourBitBook(values=NF4, ordered=tuple(range(16)), bound=0.15191),
     "fp4": FourBitBook(values=FP4, ordered=(11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3), bound=1 / 6),
+    "int4": FourBitBook(values=INT4, ordered=tuple(range(1, 16)), bound=1 / 14),
+    "mxfp4": FourBitBook(values=E2M1, ordered=_E2M1_ORDERED, bound=1 / 6, scale="e8m0", blocksizes=(32,)),
+    "nvfp4": FourBitBook(values=E2M1, ordered=_E2M1_ORDERED, bound=1 / 6, scale="e4m3", blocksizes=(16,)),
 }
 assert tuple(FOUR_BIT_BOOKS) == get_args(FourBitType)
 

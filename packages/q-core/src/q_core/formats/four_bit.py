@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from q_core import ops
-from q_core.formats.codebooks import FourBitType, dynamic_map
+from q_core.formats.codebooks import BLOCKSIZES, FOUR_BIT_BOOKS, FourBitType, dynamic_map
 from q_core.formats.weight_format import Components, WeightFormat
-from q_core.specs.check import BLOCKSIZES
 
 NESTED_BLOCKSIZE = 256
 """Scales a block of double quantization, in every checkpoint in the field."""
@@ -28,8 +26,8 @@ class FourBit(WeightFormat):
     element at blocksize 64, and 4.127 with double quantization.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
-        blocksize: elements a scale, a power of two in 32…4096.
+        quant_type: a 4-bit type of :func:`q_core.ops.quantize_4bit`.
+        blocksize: elements a scale, as the type has it.
         nested_blocksize: scales a second-level scale if the scales are quantized too, else ``None``; a power of two in 32…4096.
     """
 
@@ -38,10 +36,11 @@ class FourBit(WeightFormat):
     nested_blocksize: int | None = None
 
     def __post_init__(self) -> None:
-        if self.quant_type not in get_args(FourBitType):
-            raise ValueError(f"FourBit: quant_type is {self.quant_type!r}, expected one of {get_args(FourBitType)}")
-        if self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"FourBit: blocksize is {self.blocksize!r}, expected one of {BLOCKSIZES}")
+        if self.quant_type not in FOUR_BIT_BOOKS:
+            raise ValueError(f"FourBit: quant_type is {self.quant_type!r}, expected one of {tuple(FOUR_BIT_BOOKS)}")
+        blocksizes = FOUR_BIT_BOOKS[self.quant_type].blocksizes
+        if self.blocksize not in blocksizes:
+            raise ValueError(f"FourBit: blocksize is {self.blocksize!r}, expected one of {blocksizes} for {self.quant_type!r}")
         if self.nested_blocksize is not None and self.nested_blocksize not in BLOCKSIZES:
             raise ValueError(f"FourBit: nested_blocksize is {self.nested_blocksize!r}, expected None or one of {BLOCKSIZES}")
 

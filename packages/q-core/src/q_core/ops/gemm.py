@@ -55,8 +55,8 @@ def gemm_4bit(
         packed: uint8, ceil(N * K / 2) elements in any shape, read flat, as :func:`q_core.ops.quantize_4bit` makes them.
         absmax: float32 [ceil(N * K / blocksize)].
         shape: (N, K); any sizes, K need not be a multiple of the blocksize.
-        blocksize: elements a block, a power of two in 32…4096.
-        quant_type: "nf4" or "fp4".
+        blocksize: elements a block, as the type has it.
+        quant_type: as in :func:`q_core.ops.quantize_4bit`.
         bias: x's dtype [N].
 
     Returns:

@@ -5,6 +5,16 @@ straddle rows).  In float32, each step rounded: ``absmax = max |x|`` of the bloc
 ``s = x / absmax`` where absmax is below the smallest normal float32.  The code is that of the nearest code-book entry by the float32
 midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.
 
+Three 4-bit types have scales of a smaller set, so that they can be stored in a byte; their "absmax" is the scale times the largest value of
+the code book, and what lies beyond is clamped:
+
+- "mxfp4": ``6 * 2^e`` with the smallest e in -127…125 for which that is not below the block's absmax (OCP Microscaling Formats 1.0, with the
+  exponent rounded up, so that nothing is clamped).
+- "nvfp4": ``6 * (t * d)``: t = the tensor's largest absmax / 2688, d = absmax / (6 t) rounded to E4M3, from 2^-9 to 448.
+- "int4" has plain scales; its codes are the integers plus 8.
+
+In all of them:
+
 - A block of zeros has absmax 0 and the code of 0; zero always encodes to the code of 0.
 - A non-finite value poisons its block, visibly: absmax is NaN if any element is NaN, else infinity, every code is that of 0, and the
   block decodes to NaN.
@@ -83,8 +93,9 @@ def quantize_4bit(A: Tensor, *, blocksize: int = 64, quant_type: FourBitType = "
 
     Args:
         A: float32, bfloat16 or float16, any shape and strides.
-        blocksize: elements a block, a power of two in 32…4096.
-        quant_type: "nf4" (arXiv 2305.14314) or "fp4" (bitsandbytes' FP4, not OCP E2M1; its second zero, code 8, is never made).
+        blocksize: elements a block: 32 for "mxfp4", 16 for "nvfp4", for the others a power of two in 32…4096.
+        quant_type: "nf4" (arXiv 2305.14314), "fp4" (bitsandbytes' FP4), "int4", "mxfp4" (blocks of 32) or "nvfp4" (blocks of 16). Where a
+            book has two zeros, code 8 is never made.
 
     Returns:
         packed: uint8 [ceil(numel / 2)].
@@ -109,7 +120,7 @@ def dequantize_4bit(
         packed: uint8, ceil(numel / 2) elements in any shape, read flat.
         absmax: float32 [ceil(numel / blocksize)].
         shape: shape of the result.
-        blocksize: elements a block, a power of two in 32…4096.
+        blocksize: elements a block, as the type has it.
         quant_type: as in :func:`quantize_4bit`.
         dtype: float32, bfloat16 or float16.
 

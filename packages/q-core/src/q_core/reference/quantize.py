@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,38 @@ def in_blocks(flat: Tensor, blocksize: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
 
 
-def scale_blocks(A: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """The shared first half of block-wise quantization: [numel] in [-1, 1], and absmax [blocks]."""
-    blocks = in_blocks(A.reshape(-1).float(), blocksize)
-    absmax = blocks.abs().amax(1)
+def scale_blocks(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """Blocks [blocks, blocksize] over their scales, clamped to [-1, 1]; zero where a scale is zero or not finite."""
     divisor = absmax.unsqueeze(1)
     scaled = torch.where(divisor < SMALLEST_NORMAL, blocks / divisor, blocks * (1 / divisor)).clamp(-1, 1)
-    scaled = torch.where((divisor > 0) & divisor.isfinite(), scaled, 0.0)
-    return scaled.view(-1)[: A.numel()], absmax
+    return torch.where((divisor > 0) & divisor.isfinite(), scaled, 0.0)
+
+
+def power_of_two_scale(absmax: Tensor) -> Tensor:
+    """6 * 2^e with the smallest e in -127…125 for which that is not below absmax; zero and non-finite ones stay."""
+    mantissa, exponent = torch.frexp(absmax)
+    exponent = torch.where(mantissa <= 0.75, exponent - 3, exponent - 2).clamp(-127, 125)
+    # In two factors, neither of which is subnormal or overflows.
+    half = exponent // 2
+    scale = 6 * torch.ldexp(torch.ones_like(absmax), half) * torch.ldexp(torch.ones_like(absmax), exponent - half)
+    return torch.where((absmax > 0) & absmax.isfinite(), scale, absmax)
+
+
+def e4m3_scale(absmax: Tensor) -> Tensor:
+    """6 * t * d, with t = max absmax / 2688 of the tensor and d = absmax / (6 t) rounded to E4M3, at least its smallest."""
+    finite = absmax.isfinite()
+    largest = torch.where(finite, absmax, 0.0).amax() if absmax.numel() else absmax.new_zeros(())
+    tensor_scale = largest / torch.full_like(largest, 2688)
+    ratio = absmax / torch.where(tensor_scale > 0, 6 * tensor_scale, 1.0)
+    block_scale = ratio.clamp(2**-9, 448).to(torch.float8_e4m3fn).float()
+    return torch.where((absmax > 0) & finite, 6 * (tensor_scale * block_scale), absmax)
+
+
+SCALE_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "absmax": lambda absmax: absmax,
+    "e8m0": power_of_two_scale,
+    "e4m3": e4m3_scale,
+}
 
 
 def nearest(scaled: Tensor, ordered: Tensor) -> Tensor:
@@ -42,7 +66,9 @@ def decode(codes: Tensor, absmax: Tensor, book: Tensor, blocksize: int) -> Tenso
 
 @impl
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    scaled, absmax = scale_blocks(A, blocksize)
+    blocks = in_blocks(A.reshape(-1).float(), blocksize)
+    absmax = blocks.abs().amax(1)
+    scaled = scale_blocks(blocks, absmax).view(-1)[: A.numel()]
     return nearest(scaled, code).to(torch.uint8).view(A.shape), absmax
 
 
@@ -56,7 +82,9 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     book = FOUR_BIT_BOOKS[quant_type]
     code_of_rank = torch.tensor(book.ordered, dtype=torch.uint8, device=A.device)
     values = book_tensor(quant_type, A.device)
-    scaled, absmax = scale_blocks(A, blocksize)
+    blocks = in_blocks(A.reshape(-1).float(), blocksize)
+    absmax = SCALE_RULES[book.scale](blocks.abs().amax(1))
+    scaled = scale_blocks(blocks, absmax).view(-1)[: A.numel()]
     codes = code_of_rank[nearest(scaled, values[code_of_rank.int()])]
     codes = F.pad(codes, (0, codes.numel() % 2), value=book.zero_code)
     return codes[0::2] << 4 | codes[1::2], absmax

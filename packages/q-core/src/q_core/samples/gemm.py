@@ -34,13 +34,14 @@ def gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for quant_type in FOUR_BIT_BOOKS:
+    for quant_type, book in FOUR_BIT_BOOKS.items():
+        blocksize = book.blocksizes[len(book.blocksizes) // 5]
         for i, (lead, N, K) in enumerate(SIZES):
             yield {
                 "x_TK": make.normal(*lead, K, dtype=dtype),
                 "packed": make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8),
-                "absmax": make.uniform(-(-N * K // 64), high=2.0),
-                "blocksize": 64, "quant_type": quant_type, "shape": [N, K], "bias": _bias(make, i, N, dtype),
+                "absmax": make.uniform(-(-N * K // blocksize), high=2.0),
+                "blocksize": blocksize, "quant_type": quant_type, "shape": [N, K], "bias": _bias(make, i, N, dtype),
             }  # fmt: skip
 
 

@@ -31,20 +31,21 @@ def dequantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, A
 
 
 def quantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for quant_type in FOUR_BIT_BOOKS:
+    for quant_type, book in FOUR_BIT_BOOKS.items():
         for shape in SHAPES:
-            yield {"A": make.normal(*shape, dtype=dtype), "blocksize": make.choice((32, 64, 128)), "quant_type": quant_type}
-        yield {"A": make.strided(7, 50, dtype=dtype), "blocksize": 64, "quant_type": quant_type}
+            yield {"A": make.normal(*shape, dtype=dtype), "blocksize": make.choice(book.blocksizes[:3]), "quant_type": quant_type}
+        yield {"A": make.strided(7, 50, dtype=dtype), "blocksize": book.blocksizes[0], "quant_type": quant_type}
 
 
 def dequantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for quant_type in FOUR_BIT_BOOKS:
+    for quant_type, book in FOUR_BIT_BOOKS.items():
+        blocksize = book.blocksizes[len(book.blocksizes) // 5]
         for shape in SHAPES:
             numel = torch.Size(shape).numel()
             yield {
                 "packed": make.integers((numel + 1) // 2, low=0, high=256, dtype=torch.uint8),
-                "absmax": make.uniform(-(-numel // 64), high=3.0),
-                "blocksize": 64, "quant_type": quant_type, "shape": list(shape), "dtype": dtype,
+                "absmax": make.uniform(-(-numel // blocksize), high=3.0),
+                "blocksize": blocksize, "quant_type": quant_type, "shape": list(shape), "dtype": dtype,
             }  # fmt: skip
 
 

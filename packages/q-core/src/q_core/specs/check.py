@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from q_core.formats.codebooks import BLOCKSIZES
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def short(dtype: torch.dtype) -> str:

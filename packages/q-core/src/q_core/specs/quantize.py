@@ -26,15 +26,17 @@ def check_absmax(op: str, absmax: Tensor, numel: int, blocksize: int) -> None:
         check.wrong_shape(op, "absmax", check.shape_of(absmax), expected)
 
 
-def check_quant_type(op: str, quant_type: str) -> None:
-    if quant_type not in FOUR_BIT_BOOKS:
+def check_4bit_format(op: str, blocksize: int, quant_type: str) -> None:
+    book = FOUR_BIT_BOOKS.get(quant_type)
+    if book is None:
         check.wrong_value(op, "quant_type", quant_type, "one of " + ", ".join(map(repr, FOUR_BIT_BOOKS)))
+    if blocksize not in book.blocksizes:
+        check.wrong_value(op, "blocksize", blocksize, f"{' or '.join(map(str, book.blocksizes))} for {quant_type!r}")
 
 
 def check_packed(op: str, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, numel: int) -> None:
     check.exact_dtype(op, "packed", packed, torch.uint8, "quantize with quantize_4bit first")
-    check_quant_type(op, quant_type)
-    check.block_size(op, blocksize)
+    check_4bit_format(op, blocksize, quant_type)
     if packed.numel() != (numel + 1) // 2:
         expected = f"{(numel + 1) // 2} bytes for {numel} elements"
         check.wrong_shape(op, "packed", check.shape_of(packed), expected, "is the shape the weight's?")
@@ -63,8 +65,7 @@ def check_quantize_4bit(A: Tensor, blocksize: int, quant_type: str) -> None:
     op = "quantize_4bit"
     check.one_device(op, ("A",), A)
     check.floating(op, "A", A)
-    check.block_size(op, blocksize)
-    check_quant_type(op, quant_type)
+    check_4bit_format(op, blocksize, quant_type)
 
 
 def check_dequantize_4bit(
