@@ -17,6 +17,7 @@ import nox
 BUILD = Path("build")
 CONSTRAINTS = "constraints.txt"
 DISTRIBUTIONS = sorted(path.parent for path in Path().glob("*/q-*/pyproject.toml"))
+OTHER_VENDORS = sorted(path.parent for path in Path("integration_tests").glob("*/**/acme-*/pyproject.toml"))
 NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
 
 nox.needs_version = ">=2025.2.9"
@@ -57,6 +58,28 @@ def types(session: nox.Session) -> None:
     pip_install(session, "torch")
     pip_install(session, "--group", "types", *third_party_requirements())
     session.run("mypy", *(str(folder / "src") for folder in DISTRIBUTIONS), *session.posargs)
+
+
+@nox.session
+def isolation(session: nox.Session) -> None:
+    """Run a model in fresh environments: without a backend, with two, with a broken one, with one for a newer surface."""
+    pip_install(session, "torch")
+    # What others wrote is installed once and lent to the environments; ours goes into each from its wheels.
+    pip_install(session, "--group", "isolation", *third_party_requirements())
+    folders = [*DISTRIBUTIONS, *OTHER_VENDORS]
+    built = [str(wheel(session, folder).absolute()) for folder in folders]
+    session.chdir("integration_tests")
+    session.run("python", "-m", "isolation", *built)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, strictly, into build/site; arguments after ``--`` go to mkdocs build."""
+    pip_install(session, "torch")
+    core = str(wheel(session, Path("packages/q-core")))
+    session.run_install("python", "-m", "pip", "uninstall", "--yes", "-qq", "q-core")
+    pip_install(session, "--group", "docs", core)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -1,0 +1,1 @@
+"""A backend whose library is missing."""
