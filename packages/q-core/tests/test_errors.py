@@ -54,6 +54,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"seq_lens": E(3, dtype=torch.int64)}, TypeError, r"seq_lens has dtype int64, expected int32"),
     ("paged_attention", {"query_start": E(3, dtype=torch.int32)}, ValueError, r"query_start has shape \[3\], expected \[4\]"),
     ("paged_attention", {"max_seq_len": 10_000}, ValueError, r"max_seq_len is 10000"),
+    ("copy_kv_blocks", {"pairs": E(3, 3, dtype=torch.int64)}, ValueError, r"pairs has shape \[3, 3\], expected \[n, 2\]"),
     ("rms_norm", {"weight": E(63)}, ValueError, r"rms_norm: weight has shape \[63\], expected \[64\]"),
     ("rms_norm", {"eps": -1.0}, ValueError, r"eps is -1.0"),
     ("add_rms_norm", {"residual": E(4, 63)}, ValueError, r"residual has shape \[4, 63\]"),

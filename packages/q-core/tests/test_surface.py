@@ -32,9 +32,12 @@ SCHEMAS = {
     "optimizer_step_32bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
     "Tensor(a5!)[] state3, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
     "float dampening, bool nesterov, float trust_coefficient, SymInt step) -> ()",
-    "write_kv": "(Tensor k_TGD, Tensor v_TGD, Tensor(a2!) k_cache_BGSD, Tensor(a3!) v_cache_BGSD, Tensor slot_mapping) -> ()",
+    "write_kv": "(Tensor k_TGD, Tensor v_TGD, Tensor(a2!) k_cache_BGSD, Tensor(a3!) v_cache_BGSD, Tensor slot_mapping, "
+    "Tensor(a5!)? k_scale_BGS, Tensor(a6!)? v_scale_BGS) -> ()",
     "paged_attention": "(Tensor q_THD, Tensor k_cache_BGSD, Tensor v_cache_BGSD, Tensor block_tables, Tensor query_start, "
-    "Tensor seq_lens, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal) -> Tensor",
+    "Tensor seq_lens, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, SymInt? window, float? softcap, "
+    "Tensor? sinks_H, Tensor? k_scale_BGS, Tensor? v_scale_BGS) -> Tensor",
+    "copy_kv_blocks": "(Tensor src, Tensor(a1!) dst, Tensor pairs) -> ()",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rotary_embedding": "(Tensor q_THD, Tensor k_TGD, Tensor positions, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",

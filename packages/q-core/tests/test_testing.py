@@ -17,10 +17,10 @@ def _faulty(value: Any) -> Any:
     """One element of the last tensor is off."""
     tensor: Tensor = value[-1] if isinstance(value, (list, tuple)) else value
     if tensor.numel():
-        flat = tensor.view(-1)
+        flat = (tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor).view(-1)
         if tensor.dtype is torch.bool:
             flat[-1] = ~flat[-1]
-        elif tensor.is_floating_point():
+        elif flat.is_floating_point():
             flat[-1] = flat[-1] * 1.05 + 0.05
         else:
             flat[-1] += 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from q_core import bound, ops
 from q_core.samples.make import Make
 from q_core.specs import RECORDS, record_of
-from q_core.testing.agreement import _clone as clone
+from q_core.testing.agreement import fresh
 
 
 def calls(op: str, dtype: torch.dtype, most: int = 100) -> list[tuple[Any, ...]]:
@@ -42,7 +42,7 @@ def test_compile_fullgraph(op: str) -> None:
     function = bound(op)
     compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager", dynamic=False)
     for arguments in calls(op, torch.float32, most=3):
-        eager_arguments, compiled_arguments = clone(list(arguments)), clone(list(arguments))
+        eager_arguments, compiled_arguments = fresh(list(arguments)), fresh(list(arguments))
         expected, got = function(*eager_arguments), compiled(*compiled_arguments)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
         for before, after in zip(eager_arguments, compiled_arguments, strict=True):
@@ -87,7 +87,7 @@ def test_export() -> None:
 def test_what_is_mutated_gets_a_new_version(op: str) -> None:
     """Otherwise autograd would use a mutated tensor that it had saved, and give wrong gradients without a word."""
     record = record_of(op)
-    arguments = clone(list(calls(op, torch.float32)[0]))
+    arguments = fresh(list(calls(op, torch.float32)[0]))
     bound(op)(*arguments)
     for name, value in zip(record.arguments, arguments, strict=True):
         for tensor in value if isinstance(value, list) else [value]:
@@ -109,7 +109,7 @@ def test_a_saved_tensor_that_is_mutated_raises_in_backward() -> None:
 def test_ops_that_mutate_work_on_inference_tensors(op: str) -> None:
     with torch.inference_mode():
         for arguments in calls(op, torch.float32):
-            bound(op)(*clone(list(arguments)))
+            bound(op)(*fresh(list(arguments)))
 
 
 def test_autocast_casts_activations_and_bias_and_no_scales() -> None:

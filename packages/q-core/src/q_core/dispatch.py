@@ -78,7 +78,8 @@ def _trampoline(record: OpRecord, cell: _Cell) -> Callable[..., Any]:
         cell.call(*arguments)
         for position in positions:
             mutated = arguments[position]
-            torch.autograd.graph.increment_version([mutated] if isinstance(mutated, torch.Tensor) else mutated)
+            if mutated is not None:
+                torch.autograd.graph.increment_version([mutated] if isinstance(mutated, torch.Tensor) else mutated)
 
     return mutating
 

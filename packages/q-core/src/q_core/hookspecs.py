@@ -147,7 +147,15 @@ def optimizer_step_32bit(
 
 
 @hookspec(firstresult=True)
-def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_cache_BGSD: Tensor, v_cache_BGSD: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    k_cache_BGSD: Tensor,
+    v_cache_BGSD: Tensor,
+    slot_mapping: Tensor,
+    k_scale_BGS: Tensor | None,
+    v_scale_BGS: Tensor | None,
+) -> None:
     """Write new keys and values into their slots of the paged cache."""
 
 
@@ -163,8 +171,18 @@ def paged_attention(  # type: ignore[empty-body]
     max_seq_len: int,
     scale: float,
     causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    k_scale_BGS: Tensor | None,
+    v_scale_BGS: Tensor | None,
 ) -> Tensor:
     """Attend over a paged cache: prefill, chunked prefill, decode, or a mix in one batch."""
+
+
+@hookspec(firstresult=True)
+def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
+    """Copy blocks of a paged cache: for copy-on-write, swapping and transfer."""
 
 
 # --- norm -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Each validates its arguments, then calls the torch op ``q::<name>``, which the d
 Code above the backends calls these, or, on a hot path where the arguments are known to be right, :func:`q_core.dispatch.bound`.
 """
 
-from q_core.ops.attention import paged_attention, write_kv
+from q_core.ops.attention import copy_kv_blocks, paged_attention, write_kv
 from q_core.ops.gemm import gemm, gemm_4bit, gemm_int8_weight, int8_gemm
 from q_core.ops.norm import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 from q_core.ops.optim import optimizer_step_8bit, optimizer_step_32bit
@@ -18,6 +18,7 @@ from q_core.ops.quantize import (
 
 __all__ = [
     "add_rms_norm",
+    "copy_kv_blocks",
     "dequantize_4bit",
     "dequantize_blockwise",
     "gemm",

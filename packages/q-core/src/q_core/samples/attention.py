@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from q_core.samples.make import Make
 
@@ -32,31 +33,83 @@ BATCHES = (
 )
 
 
+def draw_batch(make: Make) -> Batch:
+    G, R = make.size(1, 3), make.size(1, 4)
+    query_lens = make.shape(*[9] * R)
+    seq_lens = tuple(length + extra for length, extra in zip(query_lens, make.shape(*[14] * R), strict=True))
+    return Batch(query_lens, seq_lens, H=G * make.size(1, 3), G=G, D=make.size(1, 20), S=make.size(1, 9))
+
+
+def draw_write(make: Make) -> tuple[int, int, int, int]:
+    S = make.size(1, 9)
+    return make.size(0, 6 * S), make.size(1, 3), make.size(1, 20), S
+
+
+CODE_DTYPES = (None, torch.int8, torch.float8_e4m3fn)
+"""Dtypes of a cache; ``None`` for that of its keys and values."""
+
+
+def _cache(make: Make, *shape: int, dtype: torch.dtype, codes: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """A cache [B, G, S, D] with content, and its scales if it holds codes."""
+    dense = make.normal(*shape, dtype=dtype)
+    if codes is None:
+        return dense, None
+    return (dense.float() * 30).to(codes), make.uniform(*shape[:-1], low=0.5, high=2.0)
+
+
 def write_kv(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for tokens, G, D, S in ((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4)):
-        slots = make.permutation(6 * S)[:tokens]
-        yield {
-            "k_TGD": make.normal(tokens, G, D, dtype=dtype), "v_TGD": make.normal(tokens, G, D, dtype=dtype),
-            "k_cache_BGSD": make.normal(6, G, S, D, dtype=dtype), "v_cache_BGSD": make.normal(6, G, S, D, dtype=dtype),
-            "slot_mapping": torch.where(torch.arange(tokens) == 2, -1, slots),
-        }  # fmt: skip
+    for codes in CODE_DTYPES:
+        for tokens, G, D, S in ((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4)):
+            slots = make.permutation(6 * S)[:tokens]
+            k_cache, k_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
+            v_cache, v_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
+            yield {
+                "k_TGD": make.normal(tokens, G, D, dtype=dtype), "v_TGD": make.normal(tokens, G, D, dtype=dtype),
+                "k_cache_BGSD": k_cache, "v_cache_BGSD": v_cache,
+                "slot_mapping": torch.where(torch.arange(tokens) == 2, -1, slots),
+                "k_scale_BGS": k_scale, "v_scale_BGS": v_scale,
+            }  # fmt: skip
+
+
+def _attention(make: Make, dtype: torch.dtype, batch: Batch, codes: torch.dtype | None = None, **changes: Any) -> dict[str, Any]:
+    longest = max(batch.seq_lens)
+    width = -(-longest // batch.S)
+    R = len(batch.seq_lens)
+    query_start = torch.tensor((0, *batch.query_lens)).cumsum(0).to(torch.int32)
+    shape = (R * width + 2, batch.G, batch.S, batch.D)
+    k_cache, k_scale = _cache(make, *shape, dtype=dtype, codes=codes)
+    v_cache, v_scale = _cache(make, *shape, dtype=dtype, codes=codes)
+    return {
+        "q_THD": make.normal(int(query_start[-1]), batch.H, batch.D, dtype=dtype),
+        "k_cache_BGSD": k_cache, "v_cache_BGSD": v_cache,
+        "block_tables": make.permutation(shape[0])[: R * width].view(R, width).to(torch.int32),
+        "query_start": query_start,
+        "seq_lens": torch.tensor(batch.seq_lens, dtype=torch.int32),
+        "max_query_len": max(batch.query_lens), "max_seq_len": longest,
+        "scale": batch.D**-0.5, "causal": True, "window": None, "softcap": None, "sinks_H": None,
+        "k_scale_BGS": k_scale, "v_scale_BGS": v_scale,
+    } | changes  # fmt: skip
 
 
 def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for causal in (True, False):
-        for batch in BATCHES:
-            longest = max(batch.seq_lens)
-            width = -(-longest // batch.S)
-            R = len(batch.seq_lens)
-            query_start = torch.tensor((0, *batch.query_lens)).cumsum(0).to(torch.int32)
-            blocks = R * width + 2
-            yield {
-                "q_THD": make.normal(int(query_start[-1]), batch.H, batch.D, dtype=dtype),
-                "k_cache_BGSD": make.normal(blocks, batch.G, batch.S, batch.D, dtype=dtype),
-                "v_cache_BGSD": make.normal(blocks, batch.G, batch.S, batch.D, dtype=dtype),
-                "block_tables": make.permutation(blocks)[: R * width].view(R, width).to(torch.int32),
-                "query_start": query_start,
-                "seq_lens": torch.tensor(batch.seq_lens, dtype=torch.int32),
-                "max_query_len": max(batch.query_lens), "max_seq_len": longest,
-                "scale": batch.D**-0.5, "causal": causal,
-            }  # fmt: skip
+    for batch in BATCHES:
+        yield _attention(make, dtype, batch)
+        yield _attention(make, dtype, batch, causal=False)
+    mixed = BATCHES[1]
+    for window in (1, 3, 100):
+        yield _attention(make, dtype, mixed, window=window)
+    yield _attention(make, dtype, mixed, softcap=0.7)
+    yield _attention(make, dtype, mixed, sinks_H=make.normal(mixed.H, scale=2.0))
+    for codes in CODE_DTYPES[1:]:
+        yield _attention(make, dtype, mixed, codes)
+        yield _attention(make, dtype, mixed, codes, window=4, softcap=3.0, sinks_H=make.normal(mixed.H))
+
+
+def copy_kv_blocks(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for codes in CODE_DTYPES:
+        src, scale = _cache(make, 5, 2, 4, 8, dtype=dtype, codes=codes)
+        dst, _ = _cache(make, 7, 2, 4, 8, dtype=dtype, codes=codes)
+        yield {"src": src, "dst": dst, "pairs": torch.tensor([[0, 6], [4, 0], [0, 3]])}
+        yield {"src": src, "dst": dst.clone(), "pairs": torch.empty(0, 2, dtype=torch.int64)}
+        if scale is not None:
+            yield {"src": scale, "dst": torch.zeros_like(scale), "pairs": torch.tensor([[1, 2], [2, 1]])}

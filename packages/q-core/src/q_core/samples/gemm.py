@@ -23,20 +23,25 @@ SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
 """Leading axes of x, N, K."""
 
 
+def draw_size(make: Make) -> tuple[tuple[int, ...], int, int]:
+    lead = ((), make.shape(40), make.shape(3, 7))[make.size(0, 2)]
+    return lead, make.size(0, 70), make.size(0, 140)
+
+
 def _bias(make: Make, index: int, N: int, dtype: torch.dtype) -> Tensor | None:
-    return make.normal(N, dtype=dtype) if index % 2 else None
+    return make.normal(N, dtype=dtype) if make.option(index % 2, 0, 1) else None
 
 
 def gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for i, (lead, N, K) in enumerate(SIZES):
+    for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
         yield {"x_TK": make.normal(*lead, K, dtype=dtype), "w_NK": make.normal(N, K, dtype=dtype), "bias": _bias(make, i, N, dtype)}
     yield {"x_TK": make.strided(5, 24, dtype=dtype), "w_NK": make.strided(9, 24, dtype=dtype), "bias": None}
 
 
 def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for quant_type, book in FOUR_BIT_BOOKS.items():
-        blocksize = book.blocksizes[len(book.blocksizes) // 5]
-        for i, (lead, N, K) in enumerate(SIZES):
+        blocksize = make.option(book.blocksizes[len(book.blocksizes) // 5], *book.blocksizes)
+        for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
             yield {
                 "x_TK": make.normal(*lead, K, dtype=dtype),
                 "packed": make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8),
@@ -46,7 +51,7 @@ def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 def int8_gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for i, (lead, N, K) in enumerate(SIZES):
+    for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
         yield {
             "a_TK": make.integers(*lead, K, low=-127, high=128, dtype=torch.int8),
             "b_NK": make.integers(N, K, low=-128, high=128, dtype=torch.int8),
@@ -56,7 +61,7 @@ def int8_gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 def gemm_int8_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for i, (lead, N, K) in enumerate(SIZES):
+    for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
         yield {
             "x_TK": make.normal(*lead, K, dtype=dtype),
             "w_NK": make.integers(N, K, low=-127, high=128, dtype=torch.int8),

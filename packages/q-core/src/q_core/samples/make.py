@@ -1,11 +1,19 @@
-"""Seeded tensors for sample calls."""
+"""Seeded tensors for sample calls.
+
+A sample generator is the one place that knows how a call of its op hangs together. It takes a :class:`Make`, and asks it for tensors and,
+through :meth:`Make.cases` and :meth:`Make.option`, for sizes and settings. This one answers with the table that the generator has; that of
+the conformance suite (``q_core.testing.calls``) draws others with hypothesis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Case = TypeVar("Case")
 
 
 class Make:
@@ -34,3 +42,19 @@ class Make:
 
     def choice(self, options: Sequence[int]) -> int:
         return options[int(torch.randint(len(options), (), generator=self._generator))]
+
+    def cases(self, table: Iterable[Case], draw: Callable[[Make], Case]) -> Iterable[Case]:
+        """The sizes of the calls to make: here the table; where sizes are drawn, one that ``draw`` makes of :meth:`size`."""
+        return table
+
+    def option(self, usual: int, *others: int) -> int:
+        """A setting: here the usual one; where settings are drawn, any of them."""
+        return usual
+
+    def size(self, low: int, high: int) -> int:
+        """An axis of low…high."""
+        return self.choice(range(low, high + 1))
+
+    def shape(self, *highs: int) -> tuple[int, ...]:
+        """Axes of 0…high each."""
+        return tuple(self.size(0, high) for high in highs)

@@ -12,6 +12,11 @@ from q_core.optimizers import ALL_STATES, RULES, SETTINGS
 from q_core.samples.make import Make
 
 SHAPES: tuple[tuple[int, ...], ...] = ((300,), (16, 33), (1,), (256, 2))
+
+
+def draw_shapes(make: Make) -> tuple[tuple[int, ...], ...]:
+    return tuple(make.shape(30, 30) if make.size(0, 1) else (make.size(1, 600),) for _ in range(make.size(1, 3)))
+
 VALUES: dict[str, Any] = {
     "beta1": 0.9,
     "beta2": 0.99,
@@ -40,30 +45,33 @@ def _calls() -> Iterator[dict[str, Any]]:
     yield _settings("adamw", weight_decay=0.0, step=1)
 
 
-def _tensors(make: Make, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "params": [make.normal(*shape, dtype=dtype) for shape in SHAPES],
-        "grads": [make.normal(*shape, dtype=dtype) for shape in SHAPES],
-    }
+def _tensors(make: Make, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> dict[str, Any]:
+    return {argument: [make.normal(*shape, dtype=dtype) for shape in shapes] for argument in ("params", "grads")}
+
+
+def _cases(make: Make) -> Iterator[tuple[dict[str, Any], tuple[tuple[int, ...], ...]]]:
+    for settings in _calls():
+        for shapes in make.cases((SHAPES,), draw_shapes):
+            yield settings, shapes
 
 
 def optimizer_step_8bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for settings in _calls():
+    for settings, shapes in _cases(make):
         kept = RULES[settings["name"]].names(settings["beta1"])
         blocksize = make.choice((256, 64))
-        call = _tensors(make, dtype) | settings
+        call = _tensors(make, shapes, dtype) | settings
         for i, state in enumerate(ALL_STATES, 1):
-            shapes = SHAPES if state in kept else ()
-            call[state] = [make.integers(*shape, low=0, high=256, dtype=torch.uint8) for shape in shapes]
-            call[f"absmax{i}"] = [make.uniform(-(-torch.Size(shape).numel() // blocksize), low=0.1) for shape in shapes]
+            held = shapes if state in kept else ()
+            call[state] = [make.integers(*shape, low=0, high=256, dtype=torch.uint8) for shape in held]
+            call[f"absmax{i}"] = [make.uniform(-(-torch.Size(shape).numel() // blocksize), low=0.1) for shape in held]
         yield call | {"code1": dynamic_map(signed=True), "code2": dynamic_map(signed=False), "blocksize": blocksize}
 
 
 def optimizer_step_32bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for settings in _calls():
+    for settings, shapes in _cases(make):
         kept = RULES[settings["name"]].names(settings["beta1"])
-        call = _tensors(make, dtype) | settings
+        call = _tensors(make, shapes, dtype) | settings
         for state in ALL_STATES:
             draw = make.uniform if state == "state2" else make.normal
-            call[state] = [draw(*shape) for shape in SHAPES] if state in kept else []
+            call[state] = [draw(*shape) for shape in shapes] if state in kept else []
         yield call

@@ -13,8 +13,12 @@ from q_core.samples.make import Make
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 64), (3, 5, 37), (1,), (0, 8), (1000,), (129, 33))
 
 
+def draw_shape(make: Make) -> tuple[int, ...]:
+    return ((), make.shape(700), make.shape(40, 70), make.shape(5, 9, 33))[make.size(0, 3)]
+
+
 def quantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for shape in SHAPES:
+    for shape in make.cases(SHAPES, draw_shape):
         yield {"A": make.normal(*shape, dtype=dtype), "code": dynamic_map(signed=True), "blocksize": make.choice((32, 64, 256))}
     yield {"A": make.strided(7, 50, dtype=dtype), "code": dynamic_map(signed=True), "blocksize": 64}
     yield {"A": make.uniform(700).to(dtype), "code": dynamic_map(signed=False), "blocksize": 256}
@@ -22,25 +26,26 @@ def quantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any
 
 
 def dequantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for shape in SHAPES:
+    for shape in make.cases(SHAPES, draw_shape):
         codes = make.integers(*shape, low=0, high=256, dtype=torch.uint8)
-        blocks = -(-codes.numel() // 64)
+        blocksize = make.option(64, 32, 256, 1024, 4096)
+        blocks = -(-codes.numel() // blocksize)
         yield {
-            "codes": codes, "absmax": make.uniform(blocks, high=3.0), "code": dynamic_map(signed=True), "blocksize": 64, "dtype": dtype,
+            "codes": codes, "absmax": make.uniform(blocks, high=3.0), "code": dynamic_map(signed=True), "blocksize": blocksize, "dtype": dtype,
         }  # fmt: skip
 
 
 def quantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for quant_type, book in FOUR_BIT_BOOKS.items():
-        for shape in SHAPES:
+        for shape in make.cases(SHAPES, draw_shape):
             yield {"A": make.normal(*shape, dtype=dtype), "blocksize": make.choice(book.blocksizes[:3]), "quant_type": quant_type}
         yield {"A": make.strided(7, 50, dtype=dtype), "blocksize": book.blocksizes[0], "quant_type": quant_type}
 
 
 def dequantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for quant_type, book in FOUR_BIT_BOOKS.items():
-        blocksize = book.blocksizes[len(book.blocksizes) // 5]
-        for shape in SHAPES:
+        blocksize = make.option(book.blocksizes[len(book.blocksizes) // 5], *book.blocksizes)
+        for shape in make.cases(SHAPES, draw_shape):
             numel = torch.Size(shape).numel()
             yield {
                 "packed": make.integers((numel + 1) // 2, low=0, high=256, dtype=torch.uint8),
@@ -50,7 +55,7 @@ def dequantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 def quantize_int8_rowwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for shape in ((4, 64), (3, 5, 37), (1, 1), (0, 8), (5, 0), (33,)):
+    for shape in make.cases(((4, 64), (3, 5, 37), (1, 1), (0, 8), (5, 0), (33,)), lambda m: (*draw_shape(m), m.size(0, 70))):
         yield {"A_TK": make.normal(*shape, dtype=dtype), "threshold": 0.0}
     yield {"A_TK": make.normal(6, 40, dtype=dtype, scale=3.0), "threshold": 6.0}
     yield {"A_TK": make.strided(6, 40, dtype=dtype), "threshold": 1.5}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q_core.reference import attention as reference_attention
 from q_core.reference import gemm as reference_gemm
 from q_core.reference import norm as reference_norm
 from q_core.reference import quantize as reference_quantize
@@ -100,12 +101,14 @@ def _undecided(arguments: Arguments, index: int) -> Tensor:
 
 def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:
     """A mean of values, whose weights are off by the error of the scores: relative to the largest value and score."""
-    q, k, v = arguments["q_THD"], arguments["k_cache_BGSD"], arguments["v_cache_BGSD"]
+    q = arguments["q_THD"]
     if not expected.numel():
         return torch.zeros_like(expected, dtype=torch.float64)
-    longest = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * abs(arguments["scale"])
-    magnitude = v.double().abs().max() * (1 + longest)
-    return _tolerance(magnitude.expand(expected.shape), q.dtype)
+    k, v = (
+        reference_attention.decode(arguments[f"{name}_cache_BGSD"], arguments[f"{name}_scale_BGS"]).double() for name in "kv"
+    )
+    longest = q.double().norm(dim=-1).max() * k.norm(dim=-1).max() * abs(arguments["scale"])
+    return _tolerance((v.abs().max() * (1 + longest)).expand(expected.shape), q.dtype)
 
 
 def rms_norm(arguments: Arguments, expected: Tensor) -> Tensor:
@@ -136,3 +139,9 @@ def rotary_embedding(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> t
 
 def silu_and_mul(arguments: Arguments, expected: Tensor) -> Tensor:
     return _tolerance(expected, arguments["x"].dtype)
+
+
+def gradient(expected: Tensor) -> Tensor:
+    """A float32 gradient: a chain of a few sums as above, of terms that may cancel, so relative to the largest of the tensor."""
+    largest = expected.abs().max() if expected.numel() else expected.new_zeros(())
+    return _tolerance(16 * (1 + largest), torch.float32).expand(expected.shape)
