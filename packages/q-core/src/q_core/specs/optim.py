@@ -117,7 +117,7 @@ def check_optimizer_step_8bit(
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if argument.startswith("absmax"):
-                check_absmax(op, tensor, param.numel(), blocksize)
+                check_absmax(op, tensor, param.numel(), blocksize, f"{argument}[{i}]")
             else:
                 _check_state(op, f"{argument}[{i}]", tensor, torch.uint8, param)
 

@@ -19,11 +19,11 @@ def check_code(op: str, argument: str, code: Tensor) -> None:
         check.wrong_shape(op, argument, check.shape_of(code), "[2…256]")
 
 
-def check_absmax(op: str, absmax: Tensor, numel: int, blocksize: int) -> None:
-    check.exact_dtype(op, "absmax", absmax, torch.float32)
+def check_absmax(op: str, absmax: Tensor, numel: int, blocksize: int, argument: str = "absmax") -> None:
+    check.exact_dtype(op, argument, absmax, torch.float32)
     if absmax.numel() != check.ceil_div(numel, blocksize):
         expected = f"[{check.ceil_div(numel, blocksize)}] for {numel} elements in blocks of {blocksize}"
-        check.wrong_shape(op, "absmax", check.shape_of(absmax), expected)
+        check.wrong_shape(op, argument, check.shape_of(absmax), expected)
 
 
 def check_4bit_format(op: str, blocksize: int, quant_type: str) -> None:

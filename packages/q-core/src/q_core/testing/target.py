@@ -1,0 +1,130 @@
+"""The implementation of one op under test, reached the way users reach it: through q-core's dispatch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from q_core.chain import decline_reason
+from q_core.dispatch import bound, use_backends
+from q_core.record import Arguments, OpRecord
+from q_core.registry import Implementation, registry
+from q_core.specs import RECORDS, record_of
+from q_core.testing.agreement import Outputs, compare, copy_call, expected_outputs, fresh, map_tensors, run
+from q_core.testing.calls import Call, calls
+from q_core.testing.capabilities import Capabilities
+
+
+def implementations(capabilities: Capabilities) -> dict[str, Implementation]:
+    """What the backend implements, by op, in the surface's order.
+
+    Raises:
+        ValueError: the backend is not installed or not available; the message says why.
+    """
+    registry().check_names([capabilities.backend])
+    (loaded,) = (loaded for loaded in registry().backends if loaded.name == capabilities.backend)
+    return {op: loaded.implementations[op] for op in RECORDS if op in loaded.implementations}
+
+
+@contextmanager
+def chosen(capabilities: Capabilities) -> Iterator[None]:
+    """Let the backend serve, and the reference what the backend declines or hasn't: a gradient may need another op."""
+    with use_backends(*{capabilities.backend, "reference"}):
+        yield
+
+
+@dataclass(slots=True)
+class Target:
+    """One op of the backend under test.
+
+    Attributes:
+        record: the op's record.
+        implementation: the backend's function.
+        capabilities: what the vendor declares.
+        declined: reasons why calls were declined, counted.
+        served: calls that were not.
+    """
+
+    record: OpRecord
+    implementation: Implementation
+    capabilities: Capabilities
+    declined: Counter[str] = field(default_factory=Counter)
+    served: int = 0
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The torch op, which leads to the backend."""
+        return bound(self.record.name)
+
+    def serves(self, call: Mapping[str, Any]) -> bool:
+        """Whether the backend accepts a call; a declined one is counted with its reason."""
+        reason = decline_reason(self.implementation, self.record, call)
+        if reason is None:
+            self.served += 1
+        else:
+            self.declined[reason] += 1
+        return reason is None
+
+    def run(self, call: Arguments) -> Outputs:
+        """The op's outputs on this very call; arguments that it mutates are mutated."""
+        return run(self.record, self.function, call)
+
+    def disagreements(self, call: Call) -> list[str]:
+        """What the backend's result of a copy of the call has that the reference's hasn't."""
+        on_cpu = {name: map_tensors(lambda tensor: tensor.cpu(), value) for name, value in copy_call(call).items()}
+        expected, bounds = expected_outputs(self.record, on_cpu)
+        got = {name: map_tensors(lambda tensor: tensor.cpu(), fresh(value)) for name, value in self.run(copy_call(call)).items()}
+        messages = ((name, compare(value, expected[name], bounds[name])) for name, value in got.items())
+        return [f"{self.record.name}{call!r}: {name} {message}" for name, message in messages if message]
+
+    def for_all(self, body: Callable[[Call], None], strategy: st.SearchStrategy[Call] | None = None) -> None:
+        """Run a test body on drawn calls that the backend serves; the same calls every time."""
+        drawn = calls(self.record, self.capabilities.device) if strategy is None else strategy
+
+        @hypothesis.settings(
+            max_examples=self.capabilities.examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(call=drawn)
+        def check(call: Call) -> None:
+            if self.serves(call):
+                body(call)
+
+        check()
+
+    def for_each(self, body: Callable[[Call], None], given: list[Call]) -> None:
+        """Run a test body on given calls that the backend serves."""
+        for call in given:
+            if self.serves(call):
+                body(call)
+
+    def finish(self) -> None:
+        """Skip a test whose every call was declined: then it has shown nothing."""
+        if not self.served and self.declined:
+            pytest.skip(f"declined: {self.reasons()}")
+
+    def reasons(self) -> str:
+        """Why calls were declined, the most frequent first."""
+        return "; ".join(reason for reason, _ in self.declined.most_common())
+
+
+def target_of(capabilities: Capabilities, op: str) -> Target:
+    return Target(record_of(op), implementations(capabilities)[op], capabilities)
+
+
+def fill_freed_memory(outputs: Outputs) -> None:
+    """Leave garbage where the next outputs will lie, so that an element which nobody writes is seen."""
+    for value in outputs.values():
+        if isinstance(value, torch.Tensor):
+            torch.empty_like(value).view(torch.uint8 if value.dim() and value.shape[-1] else value.dtype).fill_(1)
