@@ -59,7 +59,7 @@ def _cache(make: Make, *shape: int, dtype: torch.dtype, codes: torch.dtype | Non
 
 def write_kv(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for codes in CODE_DTYPES:
-        for tokens, G, D, S in ((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4)):
+        for tokens, G, D, S in make.cases(((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4)), draw_write):
             slots = make.permutation(6 * S)[:tokens]
             k_cache, k_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
             v_cache, v_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
@@ -85,17 +85,18 @@ def _attention(make: Make, dtype: torch.dtype, batch: Batch, codes: torch.dtype 
         "block_tables": make.permutation(shape[0])[: R * width].view(R, width).to(torch.int32),
         "query_start": query_start,
         "seq_lens": torch.tensor(batch.seq_lens, dtype=torch.int32),
-        "max_query_len": max(batch.query_lens), "max_seq_len": longest,
+        "max_query_len": max(batch.query_lens) + make.option(0, 3),
+        "max_seq_len": min(longest + make.option(0, 5), width * batch.S),
         "scale": batch.D**-0.5, "causal": True, "window": None, "softcap": None, "sinks_H": None,
         "k_scale_BGS": k_scale, "v_scale_BGS": v_scale,
     } | changes  # fmt: skip
 
 
 def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for batch in BATCHES:
+    for batch in make.cases(BATCHES, draw_batch):
         yield _attention(make, dtype, batch)
         yield _attention(make, dtype, batch, causal=False)
-    mixed = BATCHES[1]
+    (mixed,) = make.cases(BATCHES[1:2], draw_batch)
     for window in (1, 3, 100):
         yield _attention(make, dtype, mixed, window=window)
     yield _attention(make, dtype, mixed, softcap=0.7)

@@ -106,6 +106,7 @@ def check_optimizer_step_8bit(
         dampening=dampening, nesterov=nesterov, trust_coefficient=trust_coefficient,
     )  # fmt: skip
     check.block_size(op, blocksize)
+    check.one_device(op, ("code1", "code2", "params[0]")[: 2 + len(params[:1])], code1, code2, *params[:1])
     check_code(op, "code1", code1)
     check_code(op, "code2", code2)
     states = _check_states(
@@ -113,7 +114,6 @@ def check_optimizer_step_8bit(
         state1=state1, state2=state2, state3=state3, absmax1=absmax1, absmax2=absmax2, absmax3=absmax3,
     )  # fmt: skip
     _check_lists(op, {"params": params, "grads": grads, **states})
-    check.one_device(op, ("params[0]", "code1", "code2"), params[0], code1, code2)
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if argument.startswith("absmax"):
