@@ -1,0 +1,139 @@
+"""A page an op, from its record, its hook and the docstring of its public function."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+
+from q_core import hookspecs, ops
+from q_core.backend import SURFACE_VERSION
+from q_core.record import OpRecord
+from q_core.specs import RECORDS, bounds, record_of
+from reference_pages.docstrings import inline, to_markdown
+
+_LEGEND = re.compile(r"\b([A-Z]) ([a-z][a-z ]*?)(?=[,.])")
+_SHAPE = re.compile(r"\[([^\[\]]*)\]")
+
+
+def names() -> list[str]:
+    """The ops in the order of the surface."""
+    return list(RECORDS)
+
+
+def letters() -> dict[str, str]:
+    """What the shape letters stand for, from the legend at the head of the hook specs."""
+    legend = (hookspecs.__doc__ or "").partition("Shape letters")[2]
+    return dict(_LEGEND.findall(" ".join(legend.split())))
+
+
+def index() -> str:
+    """The page that lists the ops, with what holds for all of them."""
+    parts = [
+        "# Ops",
+        f"Surface version {SURFACE_VERSION}: {len(RECORDS)} ops. Each is a function of `q_core.ops`, which owns defaults and validation, "
+        "and a torch op of the namespace `q`, which takes every argument by position and validates nothing.",
+    ]
+    for family, records in _families().items():
+        rows = [f"| [`{record.name}`]({record.name}.md) | {inline(record.summary)} |" for record in records]
+        parts += [f"## {family}", "\n".join(["| op | |", "|---|---|", *rows]), _text(_module(records[0]), _link)]
+    factors = " | ".join(f"{factor:g}" for factor in bounds.FACTOR.values())
+    dtypes = " | ".join(str(dtype).removeprefix("torch.") for dtype in bounds.FACTOR)
+    parts += ["## Tolerances", _text(bounds), f"| | {dtypes} |\n|---|{'---|' * len(bounds.FACTOR)}\n| FACTOR | {factors} |"]
+    parts += ["## Shape letters", ", ".join(f"{letter} {meaning}" for letter, meaning in letters().items()) + "."]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(op: str) -> str:
+    """An op's page."""
+    record = record_of(op)
+    function = getattr(ops, op)
+    facts = "\n".join(f"| {name} | {text} |" for name, text in _facts(record))
+    return (
+        f"# {op}\n\n"
+        f"{inline(record.summary)} Family: [{record.family}](index.md#{record.family}).\n\n"
+        f"```python\nq_core.ops.{_signature(function)}\n```\n\n"
+        f"## Contract\n\n{to_markdown(_without_summary(function), _link, heading='###')}\n\n"
+        f"## For a backend\n\n"
+        f"The function that serves it is marked with `@impl` and takes these arguments by name, in any order:\n\n"
+        f"```python\n{_signature(record.hook)}\n```\n\n"
+        f"| | |\n|---|---|\n{facts}\n\n"
+        f"As a torch op: `{getattr(torch.ops.q, op).default._schema}`\n"
+    )
+
+
+def _facts(record: OpRecord) -> Iterator[tuple[str, str]]:
+    """What the record says beyond the contract, as rows of a table."""
+    used = _letters_of(record)
+    yield "Axes", ", ".join(f"{letter} {meaning}" for letter, meaning in letters().items() if letter in used) or "any"
+    yield "Mutates", _listed(record.mutates) or "nothing; outputs are new and contiguous"
+    neutral = ", ".join(f"`{name}` ({value!r})" for name, value in record.neutral.items())
+    yield "May be left out", f"{neutral}: it is asked only where the value is that one" if neutral else "nothing"
+    if record.bound is None:
+        yield "Agreement with the reference", "exact, bit for bit"
+    else:
+        rule = " ".join((inspect.getdoc(record.bound) or "").split())
+        yield "Agreement with the reference", f"within a [bound](index.md#tolerances). {inline(rule).replace('|', chr(92) + '|')}".strip()
+    yield "Gradient", _gradient(record)
+    yield "Cast by autocast", _listed(record.autocast) or "nothing"
+
+
+def _gradient(record: OpRecord) -> str:
+    if record.mutates:
+        return "none: it writes to its arguments, and refuses those that require one"
+    if record.gradient is None:
+        return "none: a backward through it raises"
+    return "q-core's formula; a backend has none to write"
+
+
+def _letters_of(record: OpRecord) -> set[str]:
+    """Letters in the suffixes of its arguments and in the shapes of its documentation."""
+    used = {letter for name in record.arguments for letter in "".join(re.findall(r"_([A-Z]+)$", name))}
+    for shape in _SHAPE.findall(inspect.getdoc(getattr(ops, record.name)) or ""):
+        used.update(re.findall(r"\b[A-Z]\b", shape))
+    return used
+
+
+def _families() -> dict[str, list[OpRecord]]:
+    families: dict[str, list[OpRecord]] = {}
+    for record in RECORDS.values():
+        families.setdefault(record.family, []).append(record)
+    return families
+
+
+def _module(record: OpRecord) -> object:
+    return importlib.import_module(f"q_core.ops.{record.family}")
+
+
+def _text(described: object, link: Callable[[str], str | None] = lambda target: None) -> str:
+    return to_markdown(inspect.getdoc(described) or "", link, heading="###")
+
+
+def _without_summary(function: Callable[..., object]) -> str:
+    """A docstring; its first line stays, as it often says more than the hook's."""
+    return inspect.getdoc(function) or ""
+
+
+def _link(target: str) -> str | None:
+    name = target.rpartition(".")[2]
+    return f"{name}.md" if name in RECORDS else None
+
+
+def _listed(arguments: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in arguments)
+
+
+def _signature(function: Callable[..., object]) -> str:
+    """A signature with an argument a line, annotations as they are in the source."""
+    signature = inspect.signature(function)
+    lines = []
+    keyword_only = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("    *,")
+        lines.append(f"    {parameter},")
+    return "\n".join([f"{function.__name__}(", *lines, f") -> {signature.return_annotation}"])
