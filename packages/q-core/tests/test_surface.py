@@ -38,6 +38,9 @@ SCHEMAS = {
     "Tensor seq_lens, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, SymInt? window, float? softcap, "
     "Tensor? sinks_H, Tensor? k_scale_BGS, Tensor? v_scale_BGS) -> Tensor",
     "copy_kv_blocks": "(Tensor src, Tensor(a1!) dst, Tensor pairs) -> ()",
+    "route_topk": "(Tensor logits_TE, SymInt k, bool renormalize, str scoring) -> (Tensor, Tensor)",
+    "fused_moe": "(Tensor x_TK, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str format, SymInt intermediate_size, "
+    "Tensor? w13_scale, Tensor? w2_scale, SymInt blocksize) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rotary_embedding": "(Tensor q_THD, Tensor k_TGD, Tensor positions, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",

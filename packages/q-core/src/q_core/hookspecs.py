@@ -8,7 +8,7 @@ need to know of it is its :class:`q_core.specs.OpRecord`.
 No hook has default arguments: defaults and validation belong to :mod:`q_core.ops`.
 
 Shape letters, here and everywhere: T tokens, N out features, K in features, H heads, G kv heads, D head dim, B kv blocks, S slots of a
-block, R requests, P positions.
+block, R requests, E experts, P positions.
 """
 
 from __future__ import annotations
@@ -183,6 +183,30 @@ def paged_attention(  # type: ignore[empty-body]
 @hookspec(firstresult=True)
 def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
     """Copy blocks of a paged cache: for copy-on-write, swapping and transfer."""
+
+
+# --- moe --------------------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def route_topk(logits_TE: Tensor, k: int, renormalize: bool, scoring: str) -> tuple[Tensor, Tensor]:  # type: ignore[empty-body]
+    """Choose the k experts of each token: their weights and ids."""
+
+
+@hookspec(firstresult=True)
+def fused_moe(  # type: ignore[empty-body]
+    x_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    format: str,
+    intermediate_size: int,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    blocksize: int,
+) -> Tensor:
+    """Run each token through its experts' gated MLPs and sum the results by weight."""
 
 
 # --- norm -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Code above the backends calls these, or, on a hot path where the arguments are k
 
 from q_core.ops.attention import copy_kv_blocks, paged_attention, write_kv
 from q_core.ops.gemm import gemm, gemm_4bit, gemm_int8_weight, int8_gemm
+from q_core.ops.moe import fused_moe, route_topk
 from q_core.ops.norm import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 from q_core.ops.optim import optimizer_step_8bit, optimizer_step_32bit
 from q_core.ops.quantize import (
@@ -21,6 +22,7 @@ __all__ = [
     "copy_kv_blocks",
     "dequantize_4bit",
     "dequantize_blockwise",
+    "fused_moe",
     "gemm",
     "gemm_4bit",
     "gemm_int8_weight",
@@ -33,6 +35,7 @@ __all__ = [
     "quantize_int8_rowwise",
     "rms_norm",
     "rotary_embedding",
+    "route_topk",
     "silu_and_mul",
     "write_kv",
 ]

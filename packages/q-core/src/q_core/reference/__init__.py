@@ -14,6 +14,6 @@ backend = Backend(
     surface_version=SURFACE_VERSION,
     priority=REFERENCE_PRIORITY,
     probe=lambda: Availability(True, "plain PyTorch, on any device"),
-    families=tuple(f"q_core.reference.{family}" for family in ("quantize", "gemm", "optim", "attention", "norm")),
+    families=tuple(f"q_core.reference.{family}" for family in ("quantize", "gemm", "optim", "attention", "moe", "norm")),
     summary="the surface's semantics in plain PyTorch",
 )

@@ -191,9 +191,7 @@ def optimizer_step_8bit(
     step: int,
     blocksize: int,
 ) -> None:
-    h = Hyperparameters(
-        lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step
-    )
+    h = Hyperparameters(lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step)
     held = dict(zip(ALL_STATES, zip((state1, state2, state3), (absmax1, absmax2, absmax3), (code1, code2, code1)), strict=True))
     kept = {state: held[state] for state in optimizers.RULES[name].names(beta1)}
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -203,9 +201,7 @@ def optimizer_step_8bit(
         if name in WHOLE_TENSOR_RULES:
             finite = finite.all().expand_as(finite)
         keep = finite.repeat_interleave(blocksize)[: grad.numel()]
-        states = Moments(
-            **{state: decode(codes[i], absmax[i], code, blocksize) for state, (codes, absmax, code) in kept.items()}
-        )
+        states = Moments(**{state: decode(codes[i], absmax[i], code, blocksize) for state, (codes, absmax, code) in kept.items()})
         updated, states = RULES[name](wide, grad, states, h)
         for state, (codes, absmax, code) in kept.items():
             new_codes, scales = quantize_blockwise(getattr(states, state), code, blocksize)
@@ -234,9 +230,7 @@ def optimizer_step_32bit(
     trust_coefficient: float,
     step: int,
 ) -> None:
-    h = Hyperparameters(
-        lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step
-    )
+    h = Hyperparameters(lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step)
     held = dict(zip(ALL_STATES, (state1, state2, state3), strict=True))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         wide, grad = widen(p), widen(g)

@@ -33,6 +33,10 @@ BATCHES = (
 )
 
 
+WRITES = ((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4))
+"""Tokens, G, D, S."""
+
+
 def draw_batch(make: Make) -> Batch:
     G, R = make.size(1, 3), make.size(1, 4)
     query_lens = make.shape(*[9] * R)
@@ -96,21 +100,24 @@ def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for batch in make.cases(BATCHES, draw_batch):
         yield _attention(make, dtype, batch)
         yield _attention(make, dtype, batch, causal=False)
-    (mixed,) = make.cases(BATCHES[1:2], draw_batch)
-    for window in (1, 3, 100):
-        yield _attention(make, dtype, mixed, window=window)
-    yield _attention(make, dtype, mixed, softcap=0.7)
-    yield _attention(make, dtype, mixed, sinks_H=make.normal(mixed.H, scale=2.0))
-    for codes in CODE_DTYPES[1:]:
-        yield _attention(make, dtype, mixed, codes)
-        yield _attention(make, dtype, mixed, codes, window=4, softcap=3.0, sinks_H=make.normal(mixed.H))
+    for batch in make.cases(BATCHES[1:2], draw_batch):
+        for window in (1, 3, 100):
+            yield _attention(make, dtype, batch, window=window)
+        yield _attention(make, dtype, batch, softcap=0.7)
+        yield _attention(make, dtype, batch, sinks_H=make.normal(batch.H, scale=2.0))
+        for codes in CODE_DTYPES[1:]:
+            yield _attention(make, dtype, batch, codes)
+            yield _attention(make, dtype, batch, codes, window=4, softcap=3.0, sinks_H=make.normal(batch.H))
 
 
 def copy_kv_blocks(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for codes in CODE_DTYPES:
-        src, scale = _cache(make, 5, 2, 4, 8, dtype=dtype, codes=codes)
-        dst, _ = _cache(make, 7, 2, 4, 8, dtype=dtype, codes=codes)
-        yield {"src": src, "dst": dst, "pairs": torch.tensor([[0, 6], [4, 0], [0, 3]])}
-        yield {"src": src, "dst": dst.clone(), "pairs": torch.empty(0, 2, dtype=torch.int64)}
-        if scale is not None:
-            yield {"src": scale, "dst": torch.zeros_like(scale), "pairs": torch.tensor([[1, 2], [2, 1]])}
+        for B, G, D, S in make.cases(((5, 2, 8, 4),), lambda make: (make.size(1, 6), *draw_write(make)[1:])):
+            src, scale = _cache(make, B, G, S, D, dtype=dtype, codes=codes)
+            dst, _ = _cache(make, B + 2, G, S, D, dtype=dtype, codes=codes)
+            pairs = torch.stack((make.integers(B, low=0, high=B), make.permutation(B + 2)[:B]), 1)
+            yield {"src": src, "dst": dst, "pairs": pairs}
+            yield {"src": src, "dst": dst.clone(), "pairs": pairs[:0]}
+            if scale is not None:
+                order = make.permutation(B)
+                yield {"src": scale, "dst": torch.zeros_like(scale), "pairs": torch.stack((order, order.flip(0)), 1)}

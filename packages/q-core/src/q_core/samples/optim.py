@@ -17,6 +17,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((300,), (16, 33), (1,), (256, 2))
 def draw_shapes(make: Make) -> tuple[tuple[int, ...], ...]:
     return tuple(make.shape(30, 30) if make.size(0, 1) else (make.size(1, 600),) for _ in range(make.size(1, 3)))
 
+
 VALUES: dict[str, Any] = {
     "beta1": 0.9,
     "beta2": 0.99,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from q_core.record import OpRecord
-from q_core.specs import attention, gemm, norm, optim, quantize
+from q_core.specs import attention, gemm, moe, norm, optim, quantize
 
 RECORDS: dict[str, OpRecord] = {
-    record.name: record for family in (quantize, gemm, optim, attention, norm) for record in family.RECORDS
+    record.name: record for family in (quantize, gemm, optim, attention, moe, norm) for record in family.RECORDS
 }
 
 

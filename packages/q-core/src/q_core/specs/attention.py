@@ -16,7 +16,9 @@ CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 """Dtypes of a quantized cache."""
 
 
-def _check_cache(op: str, new: str, dtype: torch.dtype, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def _check_cache(
+    op: str, new: str, dtype: torch.dtype, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
     """A cache for keys and values of ``dtype``, the dtype of the argument ``new``."""
     if k.dtype != dtype and k.dtype not in CODE_DTYPES:
         check.wrong_dtype(op, "k_cache_BGSD", k.dtype, f"{new}'s {check.short(dtype)}, int8 or float8_e4m3fn")
@@ -29,7 +31,9 @@ def _check_cache(op: str, new: str, dtype: torch.dtype, k: Tensor, v: Tensor, k_
     for argument, scale in (("k_scale_BGS", k_scale), ("v_scale_BGS", v_scale)):
         if (scale is not None) != (k.dtype in CODE_DTYPES):
             expected = "float32 [B, G, S]" if scale is None else "None"
-            check.wrong_value(op, argument, None if scale is None else "given", f"{expected} with a cache of {check.short(k.dtype)}")
+            check.wrong_value(
+                op, argument, None if scale is None else "given", f"{expected} with a cache of {check.short(k.dtype)}"
+            )
         if scale is not None:
             check.exact_dtype(op, argument, scale, torch.float32)
             if scale.shape != k.shape[:3]:

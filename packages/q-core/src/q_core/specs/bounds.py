@@ -14,6 +14,7 @@ from torch import Tensor
 
 from q_core.reference import attention as reference_attention
 from q_core.reference import gemm as reference_gemm
+from q_core.reference import moe as reference_moe
 from q_core.reference import norm as reference_norm
 from q_core.reference import quantize as reference_quantize
 
@@ -80,7 +81,9 @@ def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
         magnitude = value.double().abs() + arguments[name][index].double().abs()
         size = _update_size(arguments, index)
         term = arguments["lr"] * size if name == "params" else max(size, size**2)
-        return _tolerance(magnitude + term, value.dtype) + (2 * arguments["lr"] * _undecided(arguments, index) if name == "params" else 0)
+        return _tolerance(magnitude + term, value.dtype) + (
+            2 * arguments["lr"] * _undecided(arguments, index) if name == "params" else 0
+        )
 
     return {name: [bound(name, i, value) for i, value in enumerate(values)] for name, values in expected.items()}
 
@@ -104,11 +107,40 @@ def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:
     q = arguments["q_THD"]
     if not expected.numel():
         return torch.zeros_like(expected, dtype=torch.float64)
-    k, v = (
-        reference_attention.decode(arguments[f"{name}_cache_BGSD"], arguments[f"{name}_scale_BGS"]).double() for name in "kv"
-    )
+    k, v = (reference_attention.decode(arguments[f"{name}_cache_BGSD"], arguments[f"{name}_scale_BGS"]).double() for name in "kv")
     longest = q.double().norm(dim=-1).max() * k.norm(dim=-1).max() * abs(arguments["scale"])
     return _tolerance((v.abs().max() * (1 + longest)).expand(expected.shape), q.dtype)
+
+
+def route_topk(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The choice is exact: it compares logits as they are."""
+    weights, ids = expected
+    return _tolerance(weights.double().abs() + torch.finfo(torch.float32).tiny, torch.float32), torch.zeros(ids.shape)
+
+
+_MOE_ARGUMENTS = (
+    "x_TK", "w13", "w2", "topk_weights", "topk_ids", "format", "intermediate_size", "w13_scale", "w2_scale", "blocksize",
+)  # fmt: skip
+
+
+def fused_moe(arguments: Arguments, expected: Tensor) -> Tensor:
+    """The error of the first product, carried through the gate, and of the second, each relative to its sum without cancellation."""
+    x, w13, w2, weights, ids, format, N, w13_scale, w2_scale, blocksize = (arguments[name] for name in _MOE_ARGUMENTS)
+    x, K = x.double(), x.shape[1]
+    bound = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in range(w13.shape[0]):
+        first, second = (
+            reference_moe.decode_expert(weight, scale, expert, shape, format, blocksize).double()
+            for weight, scale, shape in ((w13, w13_scale, (2 * N, K)), (w2, w2_scale, (K, N)))
+        )
+        gate, up = (x @ first.T).chunk(2, -1)
+        dgate, dup = (x.abs() @ first.abs().T).chunk(2, -1)
+        silu = torch.nn.functional.silu(gate).abs()
+        # The slope of silu is at most 1.1.
+        hidden = 1.1 * dgate * up.abs() + silu * dup + (silu * up.abs())
+        weight = torch.where(ids == expert, weights.double().abs(), 0.0).sum(-1, keepdim=True)
+        bound += weight * (hidden @ second.abs().T)
+    return _tolerance(bound, arguments["x_TK"].dtype)
 
 
 def rms_norm(arguments: Arguments, expected: Tensor) -> Tensor:

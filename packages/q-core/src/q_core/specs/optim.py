@@ -47,7 +47,9 @@ def _check_states(op: str, kept: tuple[str, ...], **states: Sequence[Tensor]) ->
     """The lists of the states that a rule keeps; the others must be empty."""
     for argument, tensors in states.items():
         if tensors and argument.replace("absmax", "state") not in kept:
-            raise ValueError(f"{op}: {argument} has {len(tensors)} tensors, expected none: the rule has {', '.join(kept) or 'no state'}.")
+            raise ValueError(
+                f"{op}: {argument} has {len(tensors)} tensors, expected none: the rule has {', '.join(kept) or 'no state'}."
+            )
     return {argument: tensors for argument, tensors in states.items() if argument.replace("absmax", "state") in kept}
 
 
