@@ -18,7 +18,9 @@ _ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5})")
 def sections(docstring: str) -> dict[str, str]:
     """The text before the sections under "", then each section's, dedented, by its title."""
     first, *rest = _SECTION.split(docstring)
-    return {"": first.strip()} | {title: dedent(body.strip("\n")).strip() for title, body in zip(rest[::2], rest[1::2], strict=True)}
+    return {"": first.strip()} | {
+        title: dedent(body.strip("\n")).strip() for title, body in zip(rest[::2], rest[1::2], strict=True)
+    }
 
 
 def entries(section: str) -> list[str]:
@@ -47,6 +49,11 @@ def inline(text: str, link: Callable[[str], str | None] = lambda target: None) -
 
     text = _ROLE.sub(role, text).replace("``", "`").replace("::\n", ":\n")
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def cell(text: str) -> str:
+    """A docstring's text on one line, for a cell of a table."""
+    return inline(text).replace("|", "\\|").replace("\n", " ")
 
 
 def to_markdown(docstring: str, link: Callable[[str], str | None] = lambda target: None, *, heading: str = "##") -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reference_pages.docstrings import entries, inline, sections
+from reference_pages.docstrings import cell, entries, sections
 
 _DESCRIBED = re.compile(r"^(?:- |\w+: )?``(?P<name>Q_[A-Z_]+)``[:,] (?P<text>.*)", re.DOTALL)
 _READ = re.compile(r"""environ(?:\.get\(|\[)["'](?P<name>\w+)["']""")
@@ -34,20 +34,23 @@ def read_in(module: Path) -> set[str]:
 
 
 def described_in(module: Path) -> Iterator[Variable]:
-    """The variables that a module's docstrings describe, with ``Q_NAME`` in front."""
+    """The variables that a module's docstrings describe, with ``Q_NAME`` in front; where several do, the first of them."""
+    found = set()
     tree = ast.parse(module.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             for section in sections(ast.get_docstring(node) or "").values():
                 for entry in entries(section):
-                    if match := _DESCRIBED.match(entry):
+                    match = _DESCRIBED.match(entry)
+                    if match and match["name"] not in found:
+                        found.add(match["name"])
                         yield Variable(match["name"], module.parent.name, match["text"])
 
 
 def page(root: Path) -> str:
     """The page."""
     rows = [
-        f"| `{variable.name}` | {variable.package} | {inline(variable.text).replace('|', chr(92) + '|')} |"
+        f"| `{variable.name}` | {variable.package} | {cell(variable.text)} |"
         for module in modules(root)
         for variable in described_in(module)
     ]

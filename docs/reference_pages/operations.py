@@ -13,7 +13,7 @@ from q_core import hookspecs, ops
 from q_core.backend import SURFACE_VERSION
 from q_core.record import OpRecord
 from q_core.specs import RECORDS, bounds, record_of
-from reference_pages.docstrings import inline, to_markdown
+from reference_pages.docstrings import cell, inline, to_markdown
 
 _LEGEND = re.compile(r"\b([A-Z]) ([a-z][a-z ]*?)(?=[,.])")
 _SHAPE = re.compile(r"\[([^\[\]]*)\]")
@@ -38,7 +38,7 @@ def index() -> str:
         "and a torch op of the namespace `q`, which takes every argument by position and validates nothing.",
     ]
     for family, records in _families().items():
-        rows = [f"| [`{record.name}`]({record.name}.md) | {inline(record.summary)} |" for record in records]
+        rows = [f"| [`{record.name}`]({record.name}.md) | {cell(record.summary)} |" for record in records]
         parts += [f"## {family}", "\n".join(["| op | |", "|---|---|", *rows]), _text(_module(records[0]), _link)]
     factors = " | ".join(f"{factor:g}" for factor in bounds.FACTOR.values())
     dtypes = " | ".join(str(dtype).removeprefix("torch.") for dtype in bounds.FACTOR)
@@ -56,7 +56,7 @@ def page(op: str) -> str:
         f"# {op}\n\n"
         f"{inline(record.summary)} Family: [{record.family}](index.md#{record.family}).\n\n"
         f"```python\nq_core.ops.{_signature(function)}\n```\n\n"
-        f"## Contract\n\n{to_markdown(_without_summary(function), _link, heading='###')}\n\n"
+        f"## Contract\n\n{to_markdown(inspect.getdoc(function) or '', _link, heading='###')}\n\n"
         f"## For a backend\n\n"
         f"The function that serves it is marked with `@impl` and takes these arguments by name, in any order:\n\n"
         f"```python\n{_signature(record.hook)}\n```\n\n"
@@ -76,7 +76,7 @@ def _facts(record: OpRecord) -> Iterator[tuple[str, str]]:
         yield "Agreement with the reference", "exact, bit for bit"
     else:
         rule = " ".join((inspect.getdoc(record.bound) or "").split())
-        yield "Agreement with the reference", f"within a [bound](index.md#tolerances). {inline(rule).replace('|', chr(92) + '|')}".strip()
+        yield "Agreement with the reference", f"within a [bound](index.md#tolerances). {cell(rule)}".strip()
     yield "Gradient", _gradient(record)
     yield "Cast by autocast", _listed(record.autocast) or "nothing"
 
@@ -112,11 +112,6 @@ def _text(described: object, link: Callable[[str], str | None] = lambda target: 
     return to_markdown(inspect.getdoc(described) or "", link, heading="###")
 
 
-def _without_summary(function: Callable[..., object]) -> str:
-    """A docstring; its first line stays, as it often says more than the hook's."""
-    return inspect.getdoc(function) or ""
-
-
 def _link(target: str) -> str | None:
     name = target.rpartition(".")[2]
     return f"{name}.md" if name in RECORDS else None
@@ -135,5 +130,6 @@ def _signature(function: Callable[..., object]) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             lines.append("    *,")
-        lines.append(f"    {parameter},")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
     return "\n".join([f"{function.__name__}(", *lines, f") -> {signature.return_annotation}"])

@@ -78,7 +78,8 @@ def build_wheel(sources: Path, folder: Path) -> Path:
     copy = folder / "sources" / sources.name
     shutil.copytree(sources, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     wheels = folder / "wheels" / sources.name
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(copy)]
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels))
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"building {sources.name}\n{done.stdout}{done.stderr}")

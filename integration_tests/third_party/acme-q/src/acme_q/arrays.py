@@ -15,8 +15,8 @@ def float_array(tensor: Tensor) -> np.ndarray:
 
 
 def tensor_of(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of an array that nobody else holds."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    """A new tensor of an array's values, with a contiguous tensor's strides even where it has no elements."""
+    return torch.empty(array.shape, dtype=dtype).copy_(torch.from_numpy(array))
 
 
 def decline_dtype(argument: str, dtype: torch.dtype) -> str | None:

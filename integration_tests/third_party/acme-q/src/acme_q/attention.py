@@ -32,17 +32,26 @@ class RunningSoftmax:
         self._total = np.zeros((*shape[:-1], 1))
         self._sum = np.zeros(shape)
 
-    def add(self, scores: np.ndarray, values: np.ndarray) -> None:
-        """Take a block: scores [G, n, P, S], -inf where unseen; values [G, S, D]."""
+    def add(self, scores: np.ndarray, values: np.ndarray, unseen: np.ndarray) -> None:
+        """Take a block: scores [G, n, P, S], values [G, S, D], and which query doesn't see which key [n, S]."""
+        scores = np.where(unseen[:, None], -np.inf, scores)
         largest = np.maximum(self._largest, scores.max(-1, keepdims=True))
         shrink = np.exp(self._largest - largest)
         weights = np.exp(scores - largest)
         self._total = self._total * shrink + weights.sum(-1, keepdims=True)
-        self._sum = self._sum * shrink + weights @ values[:, None]
+        self._sum = self._sum * shrink + weighted(weights, values, unseen)
         self._largest = largest
 
     def result(self) -> np.ndarray:
         return self._sum / self._total
+
+
+def weighted(weights: np.ndarray, values: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """Values times weights; what a query doesn't see has no influence on it, and 0 · NaN would."""
+    if np.isfinite(values).all():
+        return weights @ values[:, None]
+    terms = weights[..., None] * values[:, None, None]
+    return np.where(unseen[:, None, :, None], 0, terms).sum(-2)
 
 
 def attend(q_nHD: np.ndarray, keys: np.ndarray, values: np.ndarray, seq_len: int, scale: float, causal: bool) -> np.ndarray:
@@ -57,7 +66,7 @@ def attend(q_nHD: np.ndarray, keys: np.ndarray, values: np.ndarray, seq_len: int
         k_GSD, v_GSD = (cache[block, :, :used].astype(np.float64) for cache in (keys, values))
         scores = (q_GnPD @ k_GSD.transpose(0, 2, 1)[:, None]) * scale
         unseen = first + np.arange(used) > last_seen[:, None]
-        softmax.add(np.where(unseen[:, None], -np.inf, scores), v_GSD)
+        softmax.add(scores, v_GSD, unseen)
     return softmax.result().transpose(1, 0, 2, 3).reshape(n, H, D)
 
 

@@ -42,7 +42,8 @@ def gemm_4bit(
     weight_NK = (values * scales).reshape(N, K)
 
     x = float_array(x_TK).reshape(-1, K) if K else np.zeros((x_TK.shape[:-1].numel(), 0), np.float32)
-    out = x.astype(np.float64) @ weight_NK.astype(np.float64).T
+    with np.errstate(all="ignore"):  # NaN and infinity are values like others here
+        out = x.astype(np.float64) @ weight_NK.astype(np.float64).T
     if bias is not None:
         out += float_array(bias)
     return tensor_of(out, x_TK.dtype).reshape(*x_TK.shape[:-1], N)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acme_q.arrays import decline_dtype, float_array
+from acme_q.arrays import decline_dtype, float_array, tensor_of
 from acme_q.served import counted
 from q_core.backend import impl
 
@@ -36,4 +36,4 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     book = float_array(code)
     midpoints = (book[:-1] + book[1:]) / np.float32(2)
     codes = np.searchsorted(midpoints, scaled, side="left")  # as many midpoints lie below: on a tie the lower entry
-    return torch.from_numpy(codes.astype(np.uint8)).reshape(A.shape), torch.from_numpy(absmax)
+    return tensor_of(codes.reshape(A.shape), torch.uint8), tensor_of(absmax, torch.float32)
