@@ -52,7 +52,7 @@ class DrawnMake(Make):
         elif self._style == "sparse":
             values = values * (super().uniform(*shape) < 0.3)
         elif self._style == "tiny":  # among the subnormal numbers of the output's dtype
-            values = values * (torch.finfo(dtype).smallest_normal * 4)
+            values = values * (torch.finfo(dtype).smallest_normal / 64)
         elif self._style == "large":
             values = values * 8
         return values.to(dtype)

@@ -82,6 +82,19 @@ def target(op: str, request: pytest.FixtureRequest, record_property: Callable[[s
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
+def test_samples(target: Target) -> None:
+    """The op's own samples, which touch the corners of its contract in every dtype, agree with the reference.
+
+    Mend: as for ``test_agreement``, whose calls are drawn.
+    """
+    for dtype in FLOATS:
+        for call in sample_calls(target.record, dtype, target.capabilities.device):
+            if target.serves(call):
+                messages = target.disagreements(call)
+                assert not messages, messages[0]
+    target.finish()
+
+
 def test_agreement(target: Target) -> None:
     """Results are the reference's: equal where the contract is exact (codes, absmax, caches), within the format's bound elsewhere.
 
@@ -95,19 +108,6 @@ def test_agreement(target: Target) -> None:
         assert not messages, messages[0]
 
     target.for_all(agrees)
-    target.finish()
-
-
-def test_samples(target: Target) -> None:
-    """The op's own samples, which touch the corners of its contract in every dtype, agree with the reference.
-
-    Mend: as for ``test_agreement``.
-    """
-    for dtype in FLOATS:
-        for call in sample_calls(target.record, dtype, target.capabilities.device):
-            if target.serves(call):
-                messages = target.disagreements(call)
-                assert not messages, messages[0]
     target.finish()
 
 
@@ -404,4 +404,4 @@ def test_no_standard_test_is_overridden(request: pytest.FixtureRequest) -> None:
 _THIS = sys.modules[__name__]
 
 __all__ = ["Capabilities", "pytest_generate_tests", "target"]
-__all__ += [name for name in dir(_THIS) if name.startswith("test_")]
+__all__ += [name for name in list(globals()) if name.startswith("test_")]

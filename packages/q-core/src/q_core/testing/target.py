@@ -18,7 +18,7 @@ from q_core.dispatch import bound, use_backends
 from q_core.record import Arguments, OpRecord
 from q_core.registry import Implementation, registry
 from q_core.specs import RECORDS, record_of
-from q_core.testing.agreement import Outputs, compare, copy_call, expected_outputs, fresh, map_tensors, run
+from q_core.testing.agreement import Outputs, compare, copy_call, expected_outputs, fresh, map_tensors, run, tensors_of
 from q_core.testing.calls import Call, calls
 from q_core.testing.capabilities import Capabilities
 
@@ -94,6 +94,7 @@ class Target:
             derandomize=True,
             database=None,
             deadline=None,
+            report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(call=drawn)
@@ -112,11 +113,11 @@ class Target:
     def finish(self) -> None:
         """Skip a test whose every call was declined: then it has shown nothing."""
         if not self.served and self.declined:
-            pytest.skip(f"declined: {self.reasons()}")
+            pytest.skip(f"declined: {'; '.join(self.reasons())}")
 
-    def reasons(self) -> str:
+    def reasons(self) -> list[str]:
         """Why calls were declined, the most frequent first."""
-        return "; ".join(reason for reason, _ in self.declined.most_common())
+        return [reason for reason, _ in self.declined.most_common()]
 
 
 def target_of(capabilities: Capabilities, op: str) -> Target:
@@ -125,6 +126,5 @@ def target_of(capabilities: Capabilities, op: str) -> Target:
 
 def fill_freed_memory(outputs: Outputs) -> None:
     """Leave garbage where the next outputs will lie, so that an element which nobody writes is seen."""
-    for value in outputs.values():
-        if isinstance(value, torch.Tensor):
-            torch.empty_like(value).view(torch.uint8 if value.dim() and value.shape[-1] else value.dtype).fill_(1)
+    for tensor in tensors_of(list(outputs.values())):
+        torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).view(torch.uint8).fill_(1)

@@ -1,15 +1,23 @@
-"""The ``q-core`` command. Torch is imported by the subcommands that need it, not for help."""
+"""``q-core doctor``: what is installed, what is available, and who serves what."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
+from q_core.cli.options import add_device, add_json
 
-def doctor_report(device: str) -> dict[str, Any]:
+HELP = "what is installed, what is available, who serves which op; exit code 1 if a backend is broken"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
+    add_json(parser)
+
+
+def report(device: str) -> dict[str, Any]:
     """What is installed, what is available, and who serves which op on a device type."""
     import torch
 
@@ -49,7 +57,7 @@ def doctor_report(device: str) -> dict[str, Any]:
     }
 
 
-def _print_doctor(report: dict[str, Any]) -> None:
+def _print(report: dict[str, Any]) -> None:
     print(
         f"q-core {report['q_core']}, surface version {report['surface_version']}, "
         f"torch {report['torch']}, Python {report['python']}"
@@ -67,54 +75,10 @@ def _print_doctor(report: dict[str, Any]) -> None:
         print(f"  {op:<{width}}  {served_by}")
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    report = doctor_report(arguments.device)
+def run(arguments: argparse.Namespace) -> int:
+    found = report(arguments.device)
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        _print_doctor(report)
-    return 1 if any(backend["state"] in ("failed", "refused") for backend in report["backends"]) else 0
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    import torch
-
-    from q_core.explanation import explain
-
-    explanation = explain(arguments.op, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-    print(json.dumps(dataclasses.asdict(explanation), indent=2) if arguments.json else explanation)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="q-core", description="Look at the op surface and its backends.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    doctor = commands.add_parser(
-        "doctor", help="what is installed, what is available, who serves which op; exit code 1 if a backend is broken"
-    )
-    doctor.set_defaults(run=_doctor)
-    explain = commands.add_parser("explain", help="who serves an op, and why the others decline")
-    explain.add_argument("op", help="name of the op, such as gemm_4bit")
-    explain.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    explain.set_defaults(run=_explain)
-    for command in (doctor, explain):
-        command.add_argument("--device", default="cpu", help="torch device type (default: %(default)s)")
-        command.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        code: int = arguments.run(arguments)
-    except ValueError as error:
-        print(f"q-core: {error}", file=sys.stderr)
-        return 2
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        _print(found)
+    return 1 if any(backend["state"] in ("failed", "refused") for backend in found["backends"]) else 0

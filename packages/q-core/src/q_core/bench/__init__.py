@@ -1,0 +1,1 @@
+"""What the dispatch itself costs: ``q-core bench``."""

@@ -1,0 +1,178 @@
+"""The cost of a call over its bare kernel: an op whose kernel does nothing, through each layer and in each mode of autograd.
+
+The op is ``gemm_4bit``, with seven arguments and a gradient. *bound* is ``q_core.bound(op)``; *public* validates its arguments first.
+Where bitsandbytes is installed, its op of the same purpose gets a kernel that does nothing, too, and is measured in the same run. A
+machine that does something else at the same time measures too much and never too little, so the best of several repeats counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_core.backend import Availability, Backend, impl
+from q_core.dispatch import bound
+from q_core.ops import gemm_4bit as public_gemm_4bit
+from q_core.testing.fakes import family_module, installed_backends
+
+CALLS = 250
+"""Calls a measurement: short ones, of which some fall between what else the machine does."""
+
+N, K, BLOCKSIZE = 8, 64, 64
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "recording": contextlib.nullcontext,
+}
+
+TARGETS_US = {
+    ("bound", "inference_mode"): 3.0,
+    ("public", "inference_mode"): 5.0,
+    ("bound", "no_grad"): 8.0,
+    ("public", "no_grad"): 8.0,
+    ("bound", "recording"): 12.0,
+    ("public", "recording"): 12.0,
+}
+"""Microseconds over the bare kernel, by layer and mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One way to call, in one mode.
+
+    Attributes:
+        library: "q-core" or "bitsandbytes".
+        layer: "bound" or "public".
+        mode: "inference_mode", "no_grad" or "recording".
+        microseconds: a call, less that of the bare kernel in the same mode.
+        target: what it may be, for q-core.
+    """
+
+    library: str
+    layer: str
+    mode: str
+    microseconds: float
+    target: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All measurements of a run, and the versions that they are of."""
+
+    torch: str
+    bitsandbytes: str | None
+    measurements: tuple[Measurement, ...]
+
+    def missed(self) -> list[Measurement]:
+        """Measurements above their target."""
+        return [m for m in self.measurements if m.target is not None and m.microseconds > m.target]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            "microseconds a call over the bare kernel (target)",
+            f"{'':<22}" + "".join(f"{mode:>22}" for mode in MODES),
+        ]
+        for library, layer in dict.fromkeys((m.library, m.layer) for m in self.measurements):
+            cells = []
+            for mode in MODES:
+                (m,) = (m for m in self.measurements if (m.library, m.layer, m.mode) == (library, layer, mode))
+                target = "" if m.target is None else f" (≤ {m.target:g}{', missed' if m.microseconds > m.target else ''})"
+                cells.append(f"{f'{m.microseconds:.1f}{target}':>22}")
+            lines.append(f"{f'{library} {layer}':<22}" + "".join(cells))
+        if self.bitsandbytes is None:
+            lines.append("bitsandbytes is not installed: nothing to compare with")
+        return "\n".join(lines)
+
+
+def measure(*, repeats: int = 80) -> Report:
+    """Measure this process.
+
+    Args:
+        repeats: measurements of each, of which the best counts.
+    """
+    measurements = list(_ours(repeats))
+    version = None
+    if find_spec("bitsandbytes") is not None:
+        version, theirs = _theirs(repeats)
+        measurements += theirs
+    return Report(torch.__version__, version, tuple(measurements))
+
+
+def _best(call: Callable[[], Any], repeats: int) -> float:
+    """Microseconds of a call."""
+    call()
+    return min(timeit.repeat(call, number=CALLS, repeat=repeats)) / CALLS * 1e6
+
+
+def _over_bare(
+    library: str, layers: dict[str, Callable[[], Any]], bare: Callable[[], Any], repeats: int
+) -> Iterator[Measurement]:
+    for mode, context in MODES.items():
+        with context():
+            floor = _best(bare, repeats)
+            for layer, call in layers.items():
+                target = TARGETS_US[layer, mode] if library == "q-core" else None
+                yield Measurement(library, layer, mode, max(0.0, _best(call, repeats) - floor), target)
+
+
+def _empty_kernel(x_TK: Tensor) -> Tensor:
+    """What any kernel must do: allocate its output."""
+    return x_TK.new_empty(1, N)
+
+
+def _ours(repeats: int) -> Iterator[Measurement]:
+    x, packed = torch.zeros(1, K, requires_grad=True), torch.zeros(N * K // 2, dtype=torch.uint8)
+    absmax, shape = torch.zeros(N * K // BLOCKSIZE), (N, K)
+
+    @impl(accepts=lambda quant_type: None if quant_type == "nf4" else f"quant_type {quant_type!r}, only nf4")
+    def gemm_4bit(
+        x_TK: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], bias: Tensor | None
+    ) -> Tensor:
+        return _empty_kernel(x_TK)
+
+    with family_module("q_core_bench_kernels", gemm_4bit) as family:
+        backend = Backend(
+            name="nothing", device_types=("cpu",), surface_version=1, priority=1,
+            probe=lambda: Availability(True, "does nothing"), families=(family,),
+        )  # fmt: skip
+        with installed_backends(backend):
+            op = bound("gemm_4bit")
+            layers = {
+                "bound": lambda: op(x, packed, absmax, BLOCKSIZE, "nf4", shape, None),
+                "public": lambda: public_gemm_4bit(x, packed, absmax, shape=shape),
+            }
+            yield from _over_bare("q-core", layers, lambda: _empty_kernel(x), repeats)
+
+
+def _theirs(repeats: int) -> tuple[str, list[Measurement]]:
+    """The same of ``bitsandbytes.matmul_4bit``, and of the torch op below it."""
+    import bitsandbytes
+
+    weight, state = bitsandbytes.functional.quantize_4bit(torch.zeros(N, K), blocksize=BLOCKSIZE, quant_type="nf4")
+    x = torch.zeros(1, K, requires_grad=True)
+    op = torch.ops.bitsandbytes.gemm_4bit.default
+
+    def nothing(A: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        return _empty_kernel(A)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    try:
+        library.impl("gemm_4bit", nothing, "CPU")
+        layers = {
+            "bound": lambda: op(x, weight, state.shape, state.absmax, state.blocksize, state.quant_type),
+            "public": lambda: bitsandbytes.matmul_4bit(x, weight, quant_state=state),
+        }
+        return bitsandbytes.__version__, list(_over_bare("bitsandbytes", layers, lambda: _empty_kernel(x), repeats))
+    finally:
+        library._destroy()

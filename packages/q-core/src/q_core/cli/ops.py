@@ -1,0 +1,56 @@
+"""``q-core ops``: the surface, op by op."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from q_core.cli.options import add_json
+
+HELP = "every op of the surface: what it does, its schema, what it mutates, what a backend may leave out"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="?", help="one op only, with its whole contract")
+    add_json(parser)
+
+
+def report(op: str | None) -> list[dict[str, Any]]:
+    """The records of all ops, or of one, as plain data."""
+    import inspect
+
+    import torch
+
+    import q_core.dispatch  # noqa: F401  # defines the torch ops, whose schemas are shown
+    from q_core import ops
+    from q_core.specs import RECORDS, record_of
+
+    return [
+        {
+            "op": record.name,
+            "family": record.family,
+            "summary": record.summary,
+            "schema": str(getattr(torch.ops.q, record.name).default._schema),
+            "mutates": list(record.mutates),
+            "neutral": {name: repr(value) for name, value in record.neutral.items()},
+            "gradient": record.gradient is not None,
+            "exact": record.bound is None,
+            "contract": inspect.getdoc(getattr(ops, record.name)),
+        }
+        for record in (RECORDS.values() if op is None else [record_of(op)])
+    ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = report(arguments.op)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    elif arguments.op:
+        (op,) = found
+        print(f"{op['schema']}\n\n{op['contract']}")
+    else:
+        width = max(len(op["op"]) for op in found)
+        for op in found:
+            print(f"{op['op']:<{width}}  {op['summary']}")
+    return 0
