@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from demo.evaluation import accepted_lines
 from demo.oracle import differing_answers
 from demo.report import Report, misses
