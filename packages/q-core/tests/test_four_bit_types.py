@@ -97,7 +97,9 @@ def test_zero_is_zero_and_a_non_finite_value_poisons_its_block(quant_type: str) 
     assert not decoded[1, ::2].any()
 
 
-@pytest.mark.parametrize(("quant_type", "blocksize", "expected"), [("mxfp4", 64, "32"), ("nvfp4", 32, "16"), ("nf4", 16, "32 or 64")])
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize", "expected"), [("mxfp4", 64, "32"), ("nvfp4", 32, "16"), ("nf4", 16, "32 or 64")]
+)
 def test_blocksizes_belong_to_types(quant_type: str, blocksize: int, expected: str) -> None:
     with pytest.raises(ValueError, match=f"blocksize is {blocksize}, expected {expected}"):
         ops.quantize_4bit(torch.ones(64), blocksize=blocksize, quant_type=quant_type)  # type: ignore[arg-type]

@@ -187,7 +187,9 @@ def test_a_non_finite_gradient_leaves_the_whole_tensor_of_a_trust_ratio_rule(nam
     ],
 )
 def test_settings_and_states_that_a_rule_does_not_have_are_refused(name: str, change: dict[str, Any], message: str) -> None:
-    settings: dict[str, Any] = {"lr": 0.1, "step": 1} | ({"state1": [torch.zeros(60)], "state2": [torch.zeros(60)]} if name == "adamw" else {})
+    settings: dict[str, Any] = {"lr": 0.1, "step": 1} | (
+        {"state1": [torch.zeros(60)], "state2": [torch.zeros(60)]} if name == "adamw" else {}
+    )
     if name == "lion":
         settings["state1"] = [torch.zeros(60)]
     with pytest.raises(ValueError, match=message):

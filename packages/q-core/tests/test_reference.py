@@ -175,6 +175,17 @@ def test_gemm_against_float64() -> None:
     torch.testing.assert_close(ops.gemm_int8_weight(x, q, scale), expected.float())
 
 
+def test_int8_activations_are_rounded_rows() -> None:
+    x, w = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), torch.randn(7, 64)
+    packed, absmax = ops.quantize_4bit(w)
+    decoded = ops.dequantize_4bit(packed, absmax, shape=w.shape).double()
+    scale = x.abs().amax(1, keepdim=True).double()
+    rounded = (x.double() * 127 / scale).round() * scale / 127
+    got = ops.gemm_4bit(x, packed, absmax, shape=w.shape, activations="int8")
+    torch.testing.assert_close(got, (rounded @ decoded.T).float())
+    assert not torch.allclose(got, ops.gemm_4bit(x, packed, absmax, shape=w.shape))
+
+
 def test_int8_gemm_is_exact_at_the_largest_sums() -> None:
     K = 131_072
     a, b = torch.full((1, K), -127, dtype=torch.int8), torch.full((2, K), 127, dtype=torch.int8)

@@ -21,10 +21,13 @@ SCHEMAS = {
     "quantize_4bit": "(Tensor A, SymInt blocksize, str quant_type) -> (Tensor, Tensor)",
     "dequantize_4bit": "(Tensor packed, Tensor absmax, SymInt blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor",
     "quantize_int8_rowwise": "(Tensor A_TK, float threshold) -> (Tensor, Tensor, Tensor)",
-    "gemm": "(Tensor x_TK, Tensor w_NK, Tensor? bias) -> Tensor",
-    "gemm_4bit": "(Tensor x_TK, Tensor packed, Tensor absmax, SymInt blocksize, str quant_type, SymInt[] shape, Tensor? bias) -> Tensor",
-    "int8_gemm": "(Tensor a_TK, Tensor b_NK, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType dtype) -> Tensor",
-    "gemm_int8_weight": "(Tensor x_TK, Tensor w_NK, Tensor w_scale, Tensor? bias) -> Tensor",
+    "gemm": "(Tensor x_TK, Tensor w_NK, Tensor? bias, str layout) -> Tensor",
+    "gemm_4bit": "(Tensor x_TK, Tensor packed, Tensor absmax, SymInt blocksize, str quant_type, SymInt[] shape, Tensor? bias, "
+    "str activations, str layout) -> Tensor",
+    "int8_gemm": "(Tensor a_TK, Tensor b_NK, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType dtype, str layout) -> Tensor",
+    "gemm_int8_weight": "(Tensor x_TK, Tensor w_NK, Tensor w_scale, Tensor? bias, str layout) -> Tensor",
+    "prepack_weight": "(str format, Tensor[] tensors, SymInt[] shape, SymInt blocksize, str layout) -> Tensor[]",
+    "unpack_weight": "(str format, Tensor[] tensors, SymInt[] shape, SymInt blocksize, str layout) -> Tensor[]",
     "optimizer_step_8bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
     "Tensor(a5!)[] state3, Tensor(a6!)[] absmax1, Tensor(a7!)[] absmax2, Tensor(a8!)[] absmax3, Tensor code1, Tensor code2, float lr, "
     "float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, float dampening, bool nesterov, "

@@ -36,8 +36,9 @@ def _raising(record: OpRecord) -> Gradient:
 
 def autograd_kernel(record: OpRecord, op: Any) -> Callable[..., Any]:
     """The kernel of ``op`` at the Autograd key."""
-    if record.mutates:
-        return _mutating_kernel(record, op)
+    # A Function sees no tensors inside of lists.
+    if record.mutates or any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments):
+        return _refusing_kernel(record, op)
     gradient = record.gradient or _raising(record)
 
     class Function(torch.autograd.Function):
@@ -63,11 +64,12 @@ def autograd_kernel(record: OpRecord, op: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _mutating_kernel(record: OpRecord, op: Any) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> None:
+def _refusing_kernel(record: OpRecord, op: Any) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and _requires_grad(arguments):
-            raise RuntimeError(f"{record.name} writes to its arguments and has no gradient: run it under torch.no_grad().")
+            writes = "writes to its arguments and " if record.mutates else ""
+            raise RuntimeError(f"{record.name} {writes}has no gradient: run it under torch.no_grad().")
         with torch._C._AutoDispatchBelowAutograd():
-            op(*arguments)
+            return op(*arguments)
 
     return kernel

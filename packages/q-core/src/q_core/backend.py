@@ -75,6 +75,7 @@ class Backend:
         probe: tells whether it can work here. Called once, when an op is first needed; may import drivers then.
         families: modules that hold the implementations, imported only after the probe said yes.
         summary: a line for ``q-core doctor``.
+        layouts: private weight layouts that its ``prepack_weight`` makes, each ``<name of the backend>.<name>``.
     """
 
     name: str
@@ -84,12 +85,16 @@ class Backend:
     probe: Callable[[], Availability]
     families: tuple[str, ...] = ()
     summary: str = ""
+    layouts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise BackendError(f"backend name {self.name!r} is not a Python identifier, such as 'q_cpu'")
         if self.priority <= REFERENCE_PRIORITY and self.name != "reference":
             raise BackendError(f"backend {self.name!r} has priority {self.priority}; backends have 0 or more")
+        for layout in self.layouts:
+            if not layout.startswith(f"{self.name}."):
+                raise BackendError(f"backend {self.name!r} has a layout {layout!r}; its layouts are named '{self.name}.<name>'")
 
 
 @overload

@@ -59,7 +59,7 @@ def quantize_int8_rowwise(A_TK: Tensor, threshold: float) -> tuple[Tensor, Tenso
 
 
 @hookspec(firstresult=True)
-def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[empty-body]
+def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None, layout: str) -> Tensor:  # type: ignore[empty-body]
     """Multiply activations with a dense weight."""
 
 
@@ -72,20 +72,38 @@ def gemm_4bit(  # type: ignore[empty-body]
     quant_type: str,
     shape: Sequence[int],
     bias: Tensor | None,
+    activations: str,
+    layout: str,
 ) -> Tensor:
     """Multiply activations with a 4-bit weight."""
 
 
 @hookspec(firstresult=True)
 def int8_gemm(  # type: ignore[empty-body]
-    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: str
 ) -> Tensor:
     """Multiply int8 rows with int8 rows, scales and bias fused."""
 
 
 @hookspec(firstresult=True)
-def gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[empty-body]
+def gemm_int8_weight(  # type: ignore[empty-body]
+    x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, layout: str
+) -> Tensor:
     """Multiply activations with an int8 weight that has one scale a row."""
+
+
+@hookspec(firstresult=True)
+def prepack_weight(  # type: ignore[empty-body]
+    format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str
+) -> list[Tensor]:
+    """Bring a weight's tensors from the canonical layout into a backend's own."""
+
+
+@hookspec(firstresult=True)
+def unpack_weight(  # type: ignore[empty-body]
+    format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str
+) -> list[Tensor]:
+    """Bring a weight's tensors from a backend's own layout back into the canonical one."""
 
 
 # --- optim ------------------------------------------------------------------------------------------------------------

@@ -27,10 +27,8 @@ def _backward_route_topk(ctx: Any, dweights: Tensor, _: Any) -> tuple[Tensor | N
         total = chosen.sum(-1, keepdim=True)
         dchosen = (dweights - (dweights * chosen).sum(-1, keepdim=True) / total) / total
     dscores = torch.zeros_like(scores).scatter(1, ids, dchosen)
-    if ctx.scoring == "softmax":
-        dlogits = scores * (dscores - (dscores * scores).sum(-1, keepdim=True))
-    else:
-        dlogits = dscores * scores * (1 - scores)
+    softmax = ctx.scoring == "softmax"
+    dlogits = scores * (dscores - (dscores * scores).sum(-1, keepdim=True)) if softmax else dscores * scores * (1 - scores)
     return dlogits.to(logits_TE.dtype), None, None, None
 
 

@@ -5,7 +5,7 @@ Code above the backends calls these, or, on a hot path where the arguments are k
 """
 
 from q_core.ops.attention import copy_kv_blocks, paged_attention, write_kv
-from q_core.ops.gemm import gemm, gemm_4bit, gemm_int8_weight, int8_gemm
+from q_core.ops.gemm import gemm, gemm_4bit, gemm_int8_weight, int8_gemm, prepack_weight, unpack_weight
 from q_core.ops.moe import fused_moe, route_topk
 from q_core.ops.norm import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 from q_core.ops.optim import optimizer_step_8bit, optimizer_step_32bit
@@ -30,6 +30,7 @@ __all__ = [
     "optimizer_step_8bit",
     "optimizer_step_32bit",
     "paged_attention",
+    "prepack_weight",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_int8_rowwise",
@@ -37,5 +38,6 @@ __all__ = [
     "rotary_embedding",
     "route_topk",
     "silu_and_mul",
+    "unpack_weight",
     "write_kv",
 ]

@@ -9,8 +9,8 @@ The update rules, in float32 whatever the parameter's dtype, with t = ``step`` c
 - "ademamix" (arXiv 2409.03137): m, v and decay as adamw; ``n = beta3 n + (1 - beta3) g``;
   ``p -= lr (m / (1 - beta1^t) + alpha n) / (sqrt(v) / sqrt(1 - beta2^t) + eps)``. The caller warms alpha and beta3 up.
 - "lion" (arXiv 2302.06675): decay; ``p -= lr sign(beta1 m + (1 - beta1) g)``; ``m = beta2 m + (1 - beta2) g``.
-- "sgd": ``m = g`` at step 1, then ``m = beta1 m + (1 - dampening) g``; ``p -= lr m``, or ``lr (g + beta1 m)`` with nesterov. With beta1 0 it
-  has no state and ``p -= lr g``.
+- "sgd": ``m = g`` at step 1, then ``m = beta1 m + (1 - dampening) g``; ``p -= lr m``, or ``lr (g + beta1 m)`` with nesterov. With beta1 0
+  it has no state and ``p -= lr g``.
 - "rmsprop": ``v = beta2 v + (1 - beta2) g²``; ``u = g / (sqrt(v) + eps)``; ``p -= lr u``, or with beta1 ``m = beta1 m + u; p -= lr m``.
 - "adagrad": ``v += g²``; ``p -= lr g / (sqrt(v) + eps)``.
 - "lamb" (arXiv 1904.00962): m and v as adamw; ``u = (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps) + weight_decay p``;

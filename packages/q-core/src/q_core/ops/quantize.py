@@ -5,15 +5,14 @@ straddle rows).  In float32, each step rounded: ``absmax = max |x|`` of the bloc
 ``s = x / absmax`` where absmax is below the smallest normal float32.  The code is that of the nearest code-book entry by the float32
 midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.
 
-Three 4-bit types have scales of a smaller set, so that they can be stored in a byte; their "absmax" is the scale times the largest value of
-the code book, and what lies beyond is clamped:
+Two 4-bit types have scales of a smaller set, which can be stored in a byte; their "absmax" is the scale times the largest value of the
+code book, and what lies beyond is clamped:
 
-- "mxfp4": ``6 * 2^e`` with the smallest e in -127…125 for which that is not below the block's absmax (OCP Microscaling Formats 1.0, with the
-  exponent rounded up, so that nothing is clamped).
+- "mxfp4": ``6 * 2^e`` with the smallest e in -127…125 for which that is not below the block's absmax (OCP Microscaling Formats 1.0, with
+  the exponent rounded up, so that nothing is clamped).
 - "nvfp4": ``6 * (t * d)``: t = the tensor's largest absmax / 2688, d = absmax / (6 t) rounded to E4M3, from 2^-9 to 448.
-- "int4" has plain scales; its codes are the integers plus 8.
 
-In all of them:
+"int4" has plain scales; its codes are the integers plus 8. In all formats:
 
 - A block of zeros has absmax 0 and the code of 0; zero always encodes to the code of 0.
 - A non-finite value poisons its block, visibly: absmax is NaN if any element is NaN, else infinity, every code is that of 0, and the

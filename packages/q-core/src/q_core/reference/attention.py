@@ -8,7 +8,6 @@ from torch import Tensor
 from q_core.backend import impl
 from q_core.reference.widen import widen
 
-
 PEAKS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 

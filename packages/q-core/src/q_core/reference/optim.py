@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q_core import optimizers
 from q_core.backend import impl
-from q_core.optimizers import ALL_STATES, WHOLE_TENSOR_RULES
+from q_core.optimizers import WHOLE_TENSOR_RULES
 from q_core.reference.quantize import decode, in_blocks, quantize_blockwise
 from q_core.reference.widen import widen
 
@@ -192,7 +192,11 @@ def optimizer_step_8bit(
     blocksize: int,
 ) -> None:
     h = Hyperparameters(lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step)
-    held = dict(zip(ALL_STATES, zip((state1, state2, state3), (absmax1, absmax2, absmax3), (code1, code2, code1)), strict=True))
+    held = {
+        "state1": (state1, absmax1, code1),
+        "state2": (state2, absmax2, code2),
+        "state3": (state3, absmax3, code1),
+    }
     kept = {state: held[state] for state in optimizers.RULES[name].names(beta1)}
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         wide, grad = widen(p).reshape(-1), widen(g).reshape(-1)
@@ -231,7 +235,7 @@ def optimizer_step_32bit(
     step: int,
 ) -> None:
     h = Hyperparameters(lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step)
-    held = dict(zip(ALL_STATES, (state1, state2, state3), strict=True))
+    held = {"state1": state1, "state2": state2, "state3": state3}
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         wide, grad = widen(p), widen(g)
         keep = grad.isfinite()

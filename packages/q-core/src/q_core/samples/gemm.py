@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS
+from q_core.layouts import CANONICAL
 from q_core.samples.make import Make
 
 SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
@@ -34,8 +35,13 @@ def _bias(make: Make, index: int, N: int, dtype: torch.dtype) -> Tensor | None:
 
 def gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
-        yield {"x_TK": make.normal(*lead, K, dtype=dtype), "w_NK": make.normal(N, K, dtype=dtype), "bias": _bias(make, i, N, dtype)}
-    yield {"x_TK": make.strided(5, 24, dtype=dtype), "w_NK": make.strided(9, 24, dtype=dtype), "bias": None}
+        yield {
+            "x_TK": make.normal(*lead, K, dtype=dtype),
+            "w_NK": make.normal(N, K, dtype=dtype),
+            "bias": _bias(make, i, N, dtype),
+            "layout": CANONICAL,
+        }
+    yield {"x_TK": make.strided(5, 24, dtype=dtype), "w_NK": make.strided(9, 24, dtype=dtype), "bias": None, "layout": CANONICAL}
 
 
 def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -47,6 +53,7 @@ def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                 "packed": make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8),
                 "absmax": make.uniform(-(-N * K // blocksize), high=2.0),
                 "blocksize": blocksize, "quant_type": quant_type, "shape": [N, K], "bias": _bias(make, i, N, dtype),
+                "activations": ("native", "int8")[make.option(i // 4 % 2, 0, 1)], "layout": CANONICAL,
             }  # fmt: skip
 
 
@@ -56,7 +63,7 @@ def int8_gemm(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             "a_TK": make.integers(*lead, K, low=-127, high=128, dtype=torch.int8),
             "b_NK": make.integers(N, K, low=-128, high=128, dtype=torch.int8),
             "a_scale": make.uniform(*lead, high=3.0), "b_scale": make.uniform(N, high=3.0),
-            "bias": _bias(make, i, N, dtype), "dtype": dtype,
+            "bias": _bias(make, i, N, dtype), "dtype": dtype, "layout": CANONICAL,
         }  # fmt: skip
 
 
@@ -65,5 +72,22 @@ def gemm_int8_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]
         yield {
             "x_TK": make.normal(*lead, K, dtype=dtype),
             "w_NK": make.integers(N, K, low=-127, high=128, dtype=torch.int8),
-            "w_scale": make.uniform(N, high=3.0), "bias": _bias(make, i, N, dtype),
+            "w_scale": make.uniform(N, high=3.0), "bias": _bias(make, i, N, dtype), "layout": CANONICAL,
         }  # fmt: skip
+
+
+def prepack_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for N, K in make.cases(((8, 64), (5, 33)), lambda make: (make.size(1, 40), make.size(1, 140))):
+        for format in ("dense", "int8", *FOUR_BIT_BOOKS):
+            blocksize = FOUR_BIT_BOOKS[format].blocksizes[0] if format in FOUR_BIT_BOOKS else 64
+            if format == "dense":
+                tensors = [make.normal(N, K, dtype=dtype)]
+            elif format == "int8":
+                tensors = [make.integers(N, K, low=-127, high=128, dtype=torch.int8), make.uniform(N)]
+            else:
+                packed = make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8)
+                tensors = [packed, make.uniform(-(-N * K // blocksize))]
+            yield {"format": format, "tensors": tensors, "shape": [N, K], "blocksize": blocksize, "layout": CANONICAL}
+
+
+unpack_weight = prepack_weight

@@ -35,7 +35,8 @@ def dequantize_blockwise(make: Make, dtype: torch.dtype) -> Iterator[dict[str, A
         blocksize = make.option(64, 32, 256, 1024, 4096)
         blocks = -(-codes.numel() // blocksize)
         yield {
-            "codes": codes, "absmax": make.uniform(blocks, high=3.0), "code": dynamic_map(signed=True), "blocksize": blocksize, "dtype": dtype,
+            "codes": codes, "absmax": make.uniform(blocks, high=3.0), "code": dynamic_map(signed=True),
+            "blocksize": blocksize, "dtype": dtype,
         }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from q_core.record import OpRecord
 from q_core.samples import attention as samples
 from q_core.specs import bounds, check
 
-
 CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 """Dtypes of a quantized cache."""
 

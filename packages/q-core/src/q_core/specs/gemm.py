@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_core.gradients import gemm as gradients
+from q_core.layouts import CANONICAL
 from q_core.record import OpRecord
 from q_core.samples import gemm as samples
 from q_core.specs import bounds, check
@@ -15,6 +18,9 @@ from q_core.specs.quantize import check_packed
 
 MAX_INT8_K = 131_072
 """Largest K for which a sum of products of int8 can't overflow int32."""
+
+ACTIVATIONS = ("native", "int8")
+WEIGHT_FORMATS = ("dense", "int8", *FOUR_BIT_BOOKS)
 
 
 def _features(op: str, argument: str, x: Tensor, K: int, remedy: str = "") -> None:
@@ -38,7 +44,7 @@ def _bias(op: str, bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
         _vector(op, "bias", bias, N)
 
 
-def check_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> None:
+def check_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None, layout: str) -> None:
     op = "gemm"
     check.one_device(op, ("x_TK", "w_NK", "bias"), x_TK, w_NK, bias)
     check.floating(op, "x_TK", x_TK)
@@ -57,6 +63,8 @@ def check_gemm_4bit(
     quant_type: str,
     shape: Sequence[int],
     bias: Tensor | None,
+    activations: str,
+    layout: str,
 ) -> None:
     op = "gemm_4bit"
     check.one_device(op, ("x_TK", "packed", "absmax", "bias"), x_TK, packed, absmax, bias)
@@ -65,11 +73,15 @@ def check_gemm_4bit(
         check.wrong_value(op, "shape", tuple(shape), "(N, K)")
     N, K = shape
     check_packed(op, packed, absmax, blocksize, quant_type, N * K)
+    if activations not in ACTIVATIONS:
+        check.wrong_value(op, "activations", activations, "one of " + ", ".join(map(repr, ACTIVATIONS)))
     _features(op, "x_TK", x_TK, K)
     _bias(op, bias, N, x_TK.dtype)
 
 
-def check_int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+def check_int8_gemm(
+    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: str
+) -> None:
     op = "int8_gemm"
     check.one_device(op, ("a_TK", "b_NK", "a_scale", "b_scale", "bias"), a_TK, b_NK, a_scale, b_scale, bias)
     check.exact_dtype(op, "a_TK", a_TK, torch.int8, "quantize it with quantize_int8_rowwise first")
@@ -90,7 +102,7 @@ def check_int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor
         _vector(op, "bias", bias, N)
 
 
-def check_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+def check_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, layout: str) -> None:
     op = "gemm_int8_weight"
     check.one_device(op, ("x_TK", "w_NK", "w_scale", "bias"), x_TK, w_NK, w_scale, bias)
     check.floating(op, "x_TK", x_TK)
@@ -107,8 +119,8 @@ def _product(x_TK: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return x_TK.new_empty((*x_TK.shape[:-1], N), dtype=dtype)
 
 
-def fake_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
-    check_gemm(x_TK, w_NK, bias)
+def fake_gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    check_gemm(x_TK, w_NK, bias, layout)
     return _product(x_TK, w_NK.shape[0], x_TK.dtype)
 
 
@@ -120,20 +132,67 @@ def fake_gemm_4bit(
     quant_type: str,
     shape: Sequence[int],
     bias: Tensor | None,
+    activations: str,
+    layout: str,
 ) -> Tensor:
-    check_gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
+    check_gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias, activations, layout)
     return _product(x_TK, shape[0], x_TK.dtype)
 
 
-def fake_int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    check_int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype)
+def fake_int8_gemm(
+    a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: str
+) -> Tensor:
+    check_int8_gemm(a_TK, b_NK, a_scale, b_scale, bias, dtype, layout)
     return _product(a_TK, b_NK.shape[0], dtype)
 
 
-def fake_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    check_gemm_int8_weight(x_TK, w_NK, w_scale, bias)
+def fake_gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    check_gemm_int8_weight(x_TK, w_NK, w_scale, bias, layout)
     return _product(x_TK, w_NK.shape[0], x_TK.dtype)
 
+
+def _check_parts(op: str, format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int) -> None:
+    if format not in WEIGHT_FORMATS:
+        check.wrong_value(op, "format", format, "one of " + ", ".join(map(repr, WEIGHT_FORMATS)))
+    if len(shape) != 2:
+        check.wrong_value(op, "shape", tuple(shape), "(N, K)")
+    count = 1 if format == "dense" else 2
+    if len(tensors) != count:
+        raise ValueError(f"{op}: tensors has {len(tensors)} tensors, expected {count} for a weight held as {format!r}.")
+    check.one_device(op, [f"tensors[{i}]" for i in range(count)], *tensors)
+    N, K = shape
+    if format in FOUR_BIT_BOOKS:
+        check_packed(op, tensors[0], tensors[1], blocksize, format, N * K)
+        return
+    if format == "dense":
+        check.floating(op, "tensors[0]", tensors[0])
+    else:
+        check.exact_dtype(op, "tensors[0]", tensors[0], torch.int8)
+        check.exact_dtype(op, "tensors[1]", tensors[1], torch.float32)
+        _vector(op, "tensors[1]", tensors[1], N)
+    if check.shape_of(tensors[0]) != [N, K]:
+        check.wrong_shape(op, "tensors[0]", check.shape_of(tensors[0]), f"[{N}, {K}]")
+
+
+def check_prepack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> None:
+    _check_parts("prepack_weight", format, tensors, shape, blocksize)
+
+
+def check_unpack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> None:
+    _check_parts("unpack_weight", format, tensors, shape, blocksize)
+
+
+def fake_prepack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> list[Tensor]:
+    check_prepack_weight(format, tensors, shape, blocksize, layout)
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+
+def fake_unpack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> list[Tensor]:
+    check_unpack_weight(format, tensors, shape, blocksize, layout)
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+
+BIAS_AND_LAYOUT: dict[str, Any] = {"bias": None, "layout": CANONICAL}
 
 RECORDS = (
     OpRecord(
@@ -143,7 +202,7 @@ RECORDS = (
         fake=fake_gemm,
         samples=samples.gemm,
         bound=bounds.gemm,
-        neutral={"bias": None},
+        neutral=BIAS_AND_LAYOUT,
         gradient=gradients.gemm,
         autocast=("x_TK", "w_NK", "bias"),
     ),
@@ -154,7 +213,7 @@ RECORDS = (
         fake=fake_gemm_4bit,
         samples=samples.gemm_4bit,
         bound=bounds.gemm_4bit,
-        neutral={"bias": None},
+        neutral=BIAS_AND_LAYOUT | {"activations": "native"},
         gradient=gradients.gemm_4bit,
         autocast=("x_TK", "bias"),
     ),
@@ -165,7 +224,7 @@ RECORDS = (
         fake=fake_int8_gemm,
         samples=samples.int8_gemm,
         bound=bounds.int8_gemm,
-        neutral={"bias": None},
+        neutral=BIAS_AND_LAYOUT,
     ),
     OpRecord(
         name="gemm_int8_weight",
@@ -174,8 +233,22 @@ RECORDS = (
         fake=fake_gemm_int8_weight,
         samples=samples.gemm_int8_weight,
         bound=bounds.gemm_int8_weight,
-        neutral={"bias": None},
+        neutral=BIAS_AND_LAYOUT,
         gradient=gradients.gemm_int8_weight,
         autocast=("x_TK", "bias"),
+    ),
+    OpRecord(
+        name="prepack_weight",
+        family="gemm",
+        check=check_prepack_weight,
+        fake=fake_prepack_weight,
+        samples=samples.prepack_weight,
+    ),
+    OpRecord(
+        name="unpack_weight",
+        family="gemm",
+        check=check_unpack_weight,
+        fake=fake_unpack_weight,
+        samples=samples.unpack_weight,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from q_core.experts import EXPERT_FORMATS, FOUR_BIT_FORMATS, ROW_FORMATS
+from q_core.experts import EXPERT_FORMATS, FOUR_BIT_FORMATS
 from q_core.gradients import moe as gradients
 from q_core.record import OpRecord
 from q_core.samples import moe as samples
