@@ -1,6 +1,6 @@
 """The cost of a call over its bare kernel: an op whose kernel does nothing, through each layer and in each mode of autograd.
 
-The op is ``gemm_4bit``, with seven arguments and a gradient. *bound* is ``q_core.bound(op)``; *public* validates its arguments first.
+The op is ``gemm_4bit``, with nine arguments and a gradient. *bound* is ``q_core.bound(op)``; *public* validates its arguments first.
 Where bitsandbytes is installed, its op of the same purpose gets a kernel that does nothing, too, and is measured in the same run. A
 machine that does something else at the same time measures too much and never too little, so the best of several repeats counts.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from q_core.backend import Availability, Backend, impl
 from q_core.dispatch import bound
+from q_core.layouts import CANONICAL
 from q_core.ops import gemm_4bit as public_gemm_4bit
 from q_core.testing.fakes import family_module, installed_backends
 
@@ -149,7 +150,7 @@ def _ours(repeats: int) -> Iterator[Measurement]:
         with installed_backends(backend):
             op = bound("gemm_4bit")
             layers = {
-                "bound": lambda: op(x, packed, absmax, BLOCKSIZE, "nf4", shape, None),
+                "bound": lambda: op(x, packed, absmax, BLOCKSIZE, "nf4", shape, None, "native", CANONICAL),
                 "public": lambda: public_gemm_4bit(x, packed, absmax, shape=shape),
             }
             yield from _over_bare("q-core", layers, lambda: _empty_kernel(x), repeats)
