@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 HEADING = re.compile(r"^#+ (.*)", re.MULTILINE)
-PAGES = [page for pattern in ("*.md", "*/q-*/README.md", "docs/**/*.md") for page in sorted(ROOT.glob(pattern))]
+PAGES = [
+    page
+    for pattern in ("*.md", "*/q-*/README.md", "integration_tests/third_party/*/README.md", "docs/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
 
 
 def links(markdown: str) -> list[str]:

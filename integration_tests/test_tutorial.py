@@ -28,7 +28,9 @@ def environment(tmp_path: Path) -> Environment:
 
 def run(command: str, environment: Environment, folder: Path) -> str:
     scripts = environment.python.parent
-    variables = os.environ | OFFLINE | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    variables = (
+        os.environ | OFFLINE | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    )
     if command.startswith("pip "):
         command = f"python -m {command}"  # pip is lent too, and its script isn't here
     done = subprocess.run(command, shell=True, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)

@@ -13,7 +13,7 @@ from reference_pages import command, environment, operations
 
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
-_DISTRIBUTIONS = "*/q-*/README.md"
+_DISTRIBUTIONS = ("*/q-*/README.md", "integration_tests/third_party/*/README.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class Site:
 
     def _distributions(self) -> dict[str, Page]:
         pages = {}
-        for readme in sorted(self._root.glob(_DISTRIBUTIONS), key=lambda path: path.parent.name):
+        readmes = [readme for pattern in _DISTRIBUTIONS for readme in self._root.glob(pattern)]
+        for readme in sorted(readmes, key=lambda path: path.parent.name):
             folder = readme.parent.relative_to(self._root).as_posix()
             pages[f"distributions/{readme.parent.name}.md"] = Page(
                 readme.parent.name, readme.read_text(encoding="utf-8"), (f"{folder}/README.md", folder)
