@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -182,10 +183,31 @@ def test_rows(format: WeightFormat) -> None:
         assert all(torch.equal(a.dequantize(), b) for a, b in zip(ours, theirs, strict=True))
 
 
+@formats
+def test_flat_view(format: WeightFormat) -> None:
+    weight = make(format)
+    flat = weight.view(-1)
+    assert flat.shape == (48 * 128,)
+    assert torch.equal(flat.dequantize(), weight.dequantize().view(-1))
+    assert_same(weight.view(48, 128), weight)
+    with pytest.raises(ValueError, match=r"view of a QuantizedTensor \[48, 128\] as \[128, 48\].*dequantize"):
+        weight.view(128, 48)
+    with pytest.raises(ValueError, match=r"weight has shape \[6144\], expected two axes"):
+        F.linear(torch.ones(2, 6144), flat)
+    if isinstance(format, Int8Rows):
+        with pytest.raises(ValueError, match="no rows"):
+            flat[:3]
+    else:
+        assert torch.equal(flat[:256].dequantize(), weight[:2].dequantize().view(-1))
+
+
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     weight = make(FourBit(), N=8, K=48)  # 64-element blocks end at rows 4 and 8
     assert torch.equal(weight[4:].dequantize(), weight.dequantize()[4:])
-    with pytest.raises(ValueError, match=r"rows 0:3 .* blocks of 64.*dequantize"):
+    odd = make(FourBit(), N=7, K=33)
+    assert odd[7:].shape == (0, 33)
+    assert odd[7:].dequantize().shape == (0, 33)
+    with pytest.raises(ValueError, match=r"blocks of 64 can't be cut before row 3.*dequantize"):
         weight[:3]
 
 
@@ -200,6 +222,8 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
         (lambda w: w[::2], "slice"),
         (lambda w: w.chunk(2, dim=1), "split"),
         (lambda w: w.zero_(), "aten.zero_"),
+        (lambda w: w.new_zeros(48, 3), "new_zeros"),
+        (lambda w: w.as_strided((24, 128), (128, 1)), "as_strided"),
         (lambda w: w.normal_(), "aten.normal_"),
         (lambda w: F.linear(w, torch.ones(3, 128)), "linear"),
         (lambda w: F.embedding(torch.tensor([1]), w, max_norm=1.0), "max_norm"),
@@ -320,6 +344,22 @@ def test_exports(format: WeightFormat) -> None:
     program = torch.export.export(model, arguments, dynamic_shapes=({0: T}, {0: T}))
     ids, x = torch.randint(48, (9,)), torch.randn(9, 128)
     torch.testing.assert_close(program.module()(ids, x), model(ids, x))
+
+
+@formats
+def test_nothing_refers_to_it_weakly(format: WeightFormat) -> None:
+    """``nn.Module.to`` swaps tensors, and refuses those that a weak reference points to."""
+    linear = nn.Linear(128, 48)
+    linear.weight = nn.Parameter(make(format), requires_grad=False)
+    x = torch.randn(3, 128, requires_grad=True)
+    linear(x).sum().backward()
+    with torch.inference_mode():
+        linear(x)
+    linear.state_dict()
+    copy.deepcopy(linear)
+    assert weakref.getweakrefcount(linear.weight) == 0
+    linear.to(torch.bfloat16)
+    assert linear(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_repr_decodes_nothing() -> None:

@@ -11,6 +11,7 @@ from q_core.formats.codebooks import FourBitType
 from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor, resolve
+from q_core.formats.sharding import local_shard
 from q_core.formats.weight_format import WeightFormat
 from q_nn.int8_matmul import int8_matmul
 from q_nn.state_hooks import install
@@ -251,6 +252,6 @@ def _four_bit(quant_type: FourBitType, blocksize: int, double_quant: bool) -> Fo
 
 
 def _quantized(layer: nn.Linear) -> QuantizedTensor:
-    weight = layer.weight
-    assert isinstance(weight, QuantizedTensor)
+    weight = local_shard(layer.weight)
+    assert weight is not None
     return weight

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from q_core.formats.codebooks import BLOCKSIZES, FOUR_BIT_BOOKS, book_tensor, dy
 from q_core.formats.four_bit import FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_core.formats.weight_format import WEIGHT_DTYPES
+from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.specs.check import short
 
 _DTYPES = {short(dtype): dtype for dtype in WEIGHT_DTYPES}
@@ -46,6 +46,13 @@ def flat_keys(key: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     else:
         return ()
     return tuple(candidate for candidate in candidates if candidate in state)
+
+
+def row_keys(key: str, format: WeightFormat) -> dict[str, str]:
+    """The keys whose tensors are divided when the rows of a weight are, by component; what the others hold is of the whole weight."""
+    if isinstance(format, Int8Rows):
+        return {"codes": key, "absmax": _siblings(key)[0]}
+    return {"packed": key, "absmax": f"{key}.absmax"}
 
 
 def to_flat(key: str, weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -103,6 +110,21 @@ def from_flat(key: str, state: Mapping[str, Tensor], *, dtype: torch.dtype | Non
         ValueError: a key is missing or too many, or what it holds contradicts the rest; the message names the key, what it holds and
             what was expected.
     """
+    read = read_flat(key, state, dtype=dtype)
+    return QuantizedTensor.from_components(read.components, read.format, shape=read.shape, dtype=read.dtype)
+
+
+class FlatWeight(NamedTuple):
+    """A quantized weight as a checkpoint describes it."""
+
+    components: Components
+    format: WeightFormat
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+
+def read_flat(key: str, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> FlatWeight:
+    """What :func:`from_flat` makes a tensor of. The components may be on several devices here."""
     state_key = _quant_state_key(key, state)
     if state_key is not None:
         return _read_four_bit(key, state, state_key)
@@ -113,7 +135,7 @@ def from_flat(key: str, state: Mapping[str, Tensor], *, dtype: torch.dtype | Non
     _refuse(key, f"has dtype {short(state[key].dtype)} and no {key}.quant_state.bitsandbytes__*", "a quantized weight")
 
 
-def _read_int8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedTensor:
+def _read_int8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> FlatWeight:
     scale_key, layout_key = _siblings(key)
     codes = state[key]
     if codes.ndim != 2:
@@ -123,10 +145,10 @@ def _read_int8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> Qua
         layout = _take(state, layout_key, torch.uint8, ())
         if int(layout) != _ROW_MAJOR:
             _refuse(layout_key, f"is {int(layout)}", f"{_ROW_MAJOR}, rows as they are; convert it with the program that wrote it")
-    return QuantizedTensor.from_components({"codes": codes, "absmax": absmax}, Int8Rows(), shape=codes.shape, dtype=dtype)
+    return FlatWeight({"codes": codes, "absmax": absmax}, Int8Rows(), codes.shape, dtype)
 
 
-def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> QuantizedTensor:
+def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> FlatWeight:
     if key not in state:
         _refuse(key, "is missing", "the packed codes")
     description = _parse(state_key, state[state_key])
@@ -153,7 +175,7 @@ def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> Qua
             if extra in state:
                 _refuse(extra, "is there", f"no such key, as {state_key} speaks of no nested scales")
         components["absmax"] = _take(state, f"{key}.absmax", torch.float32, (blocks,))
-        return QuantizedTensor.from_components(components, FourBit(quant_type, blocksize), shape=shape, dtype=dtype)
+        return FlatWeight(components, FourBit(quant_type, blocksize), shape, dtype)
 
     nested_blocksize = _choice(state_key, description, "nested_blocksize", BLOCKSIZES)
     _choice(state_key, description, "nested_dtype", ("float32",))
@@ -163,8 +185,8 @@ def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> Qua
     _check_book(state, f"{key}.nested_quant_map", dynamic_map(signed=True))
     components["absmax"] = _take(state, f"{key}.absmax", torch.uint8, (blocks,))
     components["nested_absmax"] = _take(state, f"{key}.nested_absmax", torch.float32, (-(-blocks // nested_blocksize),))
-    components["nested_offset"] = torch.tensor(offset, dtype=torch.float32, device=state[key].device)
-    return QuantizedTensor.from_components(components, FourBit(quant_type, blocksize, nested_blocksize), shape=shape, dtype=dtype)
+    components["nested_offset"] = torch.tensor(offset, dtype=torch.float32, device=components["absmax"].device)
+    return FlatWeight(components, FourBit(quant_type, blocksize, nested_blocksize), shape, dtype)
 
 
 def _quant_state_key(key: str, state: Mapping[str, Tensor]) -> str | None:

@@ -54,6 +54,10 @@ class FourBit(WeightFormat):
     def derives(self) -> bool:
         return self.nested_blocksize is not None
 
+    @property
+    def resolved_format(self) -> FourBit:
+        return replace(self, nested_blocksize=None)
+
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
         packed, absmax = ops.quantize_4bit(dense, blocksize=self.blocksize, quant_type=self.quant_type)
         if self.nested_blocksize is None:
@@ -118,15 +122,19 @@ class FourBit(WeightFormat):
             dtype,
         )
 
+    def check_cut(self, shape: Sequence[int], row: int) -> None:
+        if row != shape[0] and row * math.prod(shape[1:]) % self.blocksize:
+            raise ValueError(
+                f"a weight {list(shape)} in blocks of {self.blocksize} can't be cut before row {row}, which is inside a block; "
+                "cut at whole blocks (fully_shard: or give the parameter to ignored_params), or call .dequantize() first"
+            )
+
     def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[FourBit, dict[str, Tensor]]:
+        self.check_cut(shape, start)
+        self.check_cut(shape, stop)
         row = math.prod(shape[1:])
         first, last = start * row, stop * row
-        if first % self.blocksize or (last % self.blocksize and stop != shape[0]):
-            raise ValueError(
-                f"slice: rows {start}:{stop} of a weight {list(shape)} don't begin and end at blocks of {self.blocksize}; "
-                "cut at whole blocks or call .dequantize() first"
-            )
-        return replace(self, nested_blocksize=None), {
-            "packed": resolved["packed"][first // 2 : -(-last // 2)],
-            "absmax": resolved["absmax"][first // self.blocksize : -(-last // self.blocksize)],
+        return self.resolved_format, {
+            "packed": resolved["packed"][-(-first // 2) : -(-last // 2)],
+            "absmax": resolved["absmax"][-(-first // self.blocksize) : -(-last // self.blocksize)],
         }

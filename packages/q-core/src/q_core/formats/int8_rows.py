@@ -38,7 +38,7 @@ class Int8Rows(WeightFormat):
         }
 
     def dequantize(self, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _decode(resolved["codes"], resolved["absmax"], dtype)
+        return _decode(resolved["codes"], resolved["absmax"], dtype).view(tuple(shape))
 
     def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None) -> Tensor:
         return ops.gemm_int8_weight(x_TK, resolved["codes"], resolved["absmax"], bias=bias)
@@ -46,7 +46,12 @@ class Int8Rows(WeightFormat):
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return _decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
 
+    def check_cut(self, shape: Sequence[int], row: int) -> None:
+        if len(shape) != 2:
+            raise ValueError(f"an int8 weight seen as {list(shape)} has no rows to cut, expected two axes [N, K]")
+
     def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[Int8Rows, dict[str, Tensor]]:
+        self.check_cut(shape, start)
         return self, {"codes": resolved["codes"][start:stop], "absmax": resolved["absmax"][start:stop]}
 
 

@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.specs.check import short
 
-aten = torch.ops.aten
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""What torch.nn calls on a weight, above autograd."""
+
+OPERATORS: dict[Any, Callable[..., Any]] = {}
+"""What is left below autograd, by overload or its name. The modules imported at the end of this one fill both."""
 
 
 class QuantizedTensor(torch.Tensor):
@@ -66,7 +68,7 @@ class QuantizedTensor(torch.Tensor):
         """
         if isinstance(dense, QuantizedTensor):
             raise TypeError(f"QuantizedTensor.quantize: dense is {dense!r}, expected a plain tensor; call .dequantize() first")
-        _check_dtype("QuantizedTensor.quantize: dense", dense.dtype)
+        check_dtype("QuantizedTensor.quantize: dense", dense.dtype)
         dense = dense.detach()
         if not dense.is_meta and not bool(torch.isfinite(dense).all()):
             count = int((~torch.isfinite(dense)).sum())
@@ -84,7 +86,7 @@ class QuantizedTensor(torch.Tensor):
         Raises:
             ValueError, TypeError: they are not components of a weight of that shape and dtype; the message names which.
         """
-        _check_dtype("QuantizedTensor.from_components: dtype", dtype)
+        check_dtype("QuantizedTensor.from_components: dtype", dtype)
         format.check(components, shape)
         return cls(components, format, shape, dtype)
 
@@ -93,7 +95,7 @@ class QuantizedTensor(torch.Tensor):
         cls, shape: Sequence[int], format: WeightFormat, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> QuantizedTensor:
         """An uninitialized one, to be loaded into; ``device`` may be "meta"."""
-        _check_dtype("QuantizedTensor.empty: dtype", dtype)
+        check_dtype("QuantizedTensor.empty: dtype", dtype)
         return cls(format.empty(shape, device), format, shape, dtype)
 
     # --- what it is -------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = _FUNCTIONS.get(func)
+        handler = FUNCTIONS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -161,10 +163,34 @@ class QuantizedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = _OPERATORS.get(func)
+        handler = OPERATORS.get(func) or OPERATORS.get(str(func))
         if handler is None:
-            _unsupported(func)
+            unsupported(func)
         return handler(func, *args, **(kwargs or {}))
+
+    # --- FSDP2 ------------------------------------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(
+        self, mesh: object, outer_size: torch.Size, outer_stride: object, module: object, mp_policy: object
+    ) -> tuple[tuple[Tensor, ...], tuple[WeightFormat, torch.Size]]:
+        """A shard's components, flat: shards are whole rows of whole blocks, so one after the other they are the whole's."""
+        return tuple(component.reshape(-1) for component in self.components.values()), (self.format, outer_size)
+
+    def fsdp_post_all_gather(
+        self,
+        gathered: tuple[Tensor, ...],
+        metadata: tuple[WeightFormat, torch.Size],
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
+        """The whole weight around the gathered components. It shares their memory, so that a later gather has nothing to do."""
+        if out is not None:
+            return None
+        format, shape = metadata
+        shapes = {name: component.shape for name, component in format.empty(shape, "meta").items()}
+        components = {name: part.view(shapes[name]) for name, part in zip(format.component_names, gathered, strict=True)}
+        return QuantizedTensor(components, format, shape, param_dtype), ()
 
 
 def resolve(weight: QuantizedTensor) -> Components:
@@ -212,163 +238,23 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _check_dtype(what: str, dtype: torch.dtype) -> None:
+def check_dtype(what: str, dtype: torch.dtype) -> None:
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{what} is {short(dtype)}, expected one of {', '.join(map(short, WEIGHT_DTYPES))}")
 
 
-def _unsupported(operation: object, why: str = "is not defined for a QuantizedTensor") -> NoReturn:
+def unsupported(operation: object, why: str = "is not defined for a QuantizedTensor") -> NoReturn:
     # Not a TypeError: Python's operators would turn that into their own, which doesn't say what to do.
     raise ValueError(f"{operation} {why}; call .dequantize() on it first")
 
 
-def _map(tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None) -> QuantizedTensor:
+def map_components(
+    tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None
+) -> QuantizedTensor:
     if dtype is not None:
-        _check_dtype("QuantizedTensor.to: dtype", dtype)
+        check_dtype("QuantizedTensor.to: dtype", dtype)
     components = {name: function(component) for name, component in tensor.components.items()}
     return QuantizedTensor(components, tensor.format, tensor.shape, dtype or tensor.dtype)
 
 
-# --- functions: what torch.nn calls on a weight -------------------------------------------------------------------------
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
-        _unsupported("torch.nn.functional.linear", "takes a QuantizedTensor as its weight only")
-    return weight.format.linear(input, resolve(weight), weight.shape, bias)
-
-
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    # padding_idx, scale_grad_by_freq and sparse shape the weight's gradient alone, and this weight has none.
-    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
-        _unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
-    if max_norm is not None:
-        _unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
-    return weight.format.embedding(input, resolve(weight), weight.shape, weight.dtype)
-
-
-def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
-    if requires_grad:
-        raise TypeError(
-            "requires_grad: a QuantizedTensor doesn't train, expected False; "
-            "wrap it with nn.Parameter(weight, requires_grad=False), and train adapters beside it or what .dequantize() gives"
-        )
-    return tensor
-
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    torch.Tensor.requires_grad_: _requires_grad,
-    torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
-}
-
-
-# --- operators: what is left below autograd -----------------------------------------------------------------------------
-
-
-def _alias(func: Any, tensor: QuantizedTensor) -> Any:
-    return return_and_correct_aliasing(func, (tensor,), {}, _map(tensor, func))
-
-
-def _clone(func: Any, tensor: QuantizedTensor, *, memory_format: object = None) -> QuantizedTensor:
-    return _map(tensor, torch.clone)
-
-
-def _to_copy(
-    func: Any,
-    tensor: QuantizedTensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: object = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    non_blocking: bool = False,
-    memory_format: object = None,
-) -> QuantizedTensor:
-    return _map(tensor, lambda t: t.to(device=device or t.device, non_blocking=non_blocking, copy=True), dtype=dtype)
-
-
-def _empty_like(
-    func: Any,
-    tensor: QuantizedTensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: object = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    memory_format: object = None,
-) -> QuantizedTensor:
-    return _map(tensor, lambda t: torch.empty_like(t, device=device or t.device), dtype=dtype)
-
-
-def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if target.shape != source.shape:
-        raise ValueError(f"copy_: the source has shape {list(source.shape)}, expected the target's {list(target.shape)}")
-    if not isinstance(target, QuantizedTensor):
-        assert isinstance(source, QuantizedTensor)
-        return target.copy_(source.dequantize(), non_blocking)
-    if not isinstance(source, QuantizedTensor):
-        source = QuantizedTensor.quantize(source.to(target.device), target.format)
-    if source.format != target.format:
-        raise ValueError(
-            f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source"
-        )
-    for name, component in target.components.items():
-        component.copy_(getattr(source, name), non_blocking)
-    target._resolved = None
-    return target
-
-
-def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
-    a, b = (t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b))
-    return torch.equal(a, b)
-
-
-def _slice(
-    func: Any, tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Any:
-    size = tensor.shape[dim]
-    first, last, _ = slice(start, end).indices(size)
-    if step != 1 or (dim % tensor.ndim and (first, last) != (0, size)):
-        _unsupported("slice", "takes whole rows of a QuantizedTensor only, with step 1 along the first axis")
-    whole = (first, last) == (0, size)
-    result = _map(tensor, aten.alias.default) if whole else _rows(tensor, first, max(first, last))
-    return return_and_correct_aliasing(func, (tensor, dim, start, end, step), {}, result)
-
-
-def _split(func: Any, tensor: QuantizedTensor, sizes: int | Sequence[int], dim: int = 0) -> list[QuantizedTensor]:
-    if dim % tensor.ndim:
-        _unsupported("split", "takes whole rows of a QuantizedTensor only, along the first axis")
-    rows = tensor.shape[0]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [_rows(tensor, start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def _rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    format, components = tensor.format.rows(resolve(tensor), tensor.shape, start, stop)
-    return QuantizedTensor(components, format, (stop - start, *tensor.shape[1:]), tensor.dtype)
-
-
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.empty_like.default: _empty_like,
-    aten.copy_.default: _copy,
-    aten.equal.default: _equal,
-    aten.slice.Tensor: _slice,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-}
+from q_core.formats import operators, sharding  # noqa: E402, F401 (they fill the tables, and need the class)

@@ -34,6 +34,11 @@ class WeightFormat(ABC):
         """Whether :meth:`resolve` computes anything, and so is worth keeping."""
         return False
 
+    @property
+    def resolved_format(self) -> WeightFormat:
+        """The format that holds what :meth:`resolve` gives."""
+        return self
+
     @abstractmethod
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
         """Encode a dense weight."""
@@ -57,6 +62,14 @@ class WeightFormat(ABC):
     @abstractmethod
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Decode the rows ``ids`` [...] of the weight [V, K]: [..., K]."""
+
+    @abstractmethod
+    def check_cut(self, shape: Sequence[int], row: int) -> None:
+        """Refuse to cut a weight of ``shape`` before a row of its first axis.
+
+        Raises:
+            ValueError: the format can't cut there; the message says where it can.
+        """
 
     @abstractmethod
     def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[WeightFormat, dict[str, Tensor]]:

@@ -1,0 +1,174 @@
+"""What torch does with a quantized weight: the functions that torch.nn calls on it, and the operators left below autograd.
+
+A copy keeps the format, and what has no meaning without decoding isn't here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from q_core.formats.quantized_tensor import FUNCTIONS, OPERATORS, QuantizedTensor, map_components, resolve, unsupported
+from q_core.formats.sharding import is_dtensor
+
+aten = torch.ops.aten
+
+
+# --- functions: what torch.nn calls on a weight -------------------------------------------------------------------------
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        unsupported("torch.nn.functional.linear", "takes a QuantizedTensor as its weight only")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"torch.nn.functional.linear: the quantized weight has shape {list(weight.shape)}, expected two axes [N, K]"
+        )
+    return weight.format.linear(input, resolve(weight), weight.shape, bias)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # padding_idx, scale_grad_by_freq and sparse shape the weight's gradient alone, and this weight has none.
+    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
+    if max_norm is not None:
+        unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
+    return weight.format.embedding(input, resolve(weight), weight.shape, weight.dtype)
+
+
+def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
+    if requires_grad:
+        raise TypeError(
+            "requires_grad: a QuantizedTensor doesn't train, expected False; "
+            "wrap it with nn.Parameter(weight, requires_grad=False), and train adapters beside it or what .dequantize() gives"
+        )
+    return tensor
+
+
+FUNCTIONS.update(
+    {
+        F.linear: _linear,
+        F.embedding: _embedding,
+        torch.Tensor.requires_grad_: _requires_grad,
+        torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+    }
+)
+
+
+# --- operators: what is left below autograd -----------------------------------------------------------------------------
+
+
+def _alias(func: Any, tensor: QuantizedTensor) -> Any:
+    return return_and_correct_aliasing(func, (tensor,), {}, map_components(tensor, func))
+
+
+def _clone(func: Any, tensor: QuantizedTensor, *, memory_format: object = None) -> QuantizedTensor:
+    return map_components(tensor, torch.clone)
+
+
+def _to_copy(
+    func: Any,
+    tensor: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: object = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: object = None,
+) -> QuantizedTensor:
+    return map_components(tensor, lambda t: t.to(device=device or t.device, non_blocking=non_blocking, copy=True), dtype=dtype)
+
+
+def _empty_like(
+    func: Any,
+    tensor: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: object = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: object = None,
+) -> QuantizedTensor:
+    return map_components(tensor, lambda t: torch.empty_like(t, device=device or t.device), dtype=dtype)
+
+
+def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if target.shape != source.shape:
+        raise ValueError(f"copy_: the source has shape {list(source.shape)}, expected the target's {list(target.shape)}")
+    if not isinstance(target, QuantizedTensor):
+        assert isinstance(source, QuantizedTensor)
+        return target.copy_(source.dequantize(), non_blocking)
+    if is_dtensor(source):
+        raise ValueError("copy_: the source is distributed and the target isn't; copy what source.full_tensor() gives")
+    if not isinstance(source, QuantizedTensor):
+        source = QuantizedTensor.quantize(source.to(target.device), target.format)
+    if source.format != target.format:
+        raise ValueError(
+            f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source"
+        )
+    for name, component in target.components.items():
+        component.copy_(getattr(source, name), non_blocking)
+    target._resolved = None
+    return target
+
+
+def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
+    a, b = (t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b))
+    return torch.equal(a, b)
+
+
+def _slice(
+    func: Any, tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    size = tensor.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    if step != 1 or (dim % tensor.ndim and (first, last) != (0, size)):
+        unsupported("slice", "takes whole rows of a QuantizedTensor only, with step 1 along the first axis")
+    whole = (first, last) == (0, size)
+    result = map_components(tensor, aten.alias.default) if whole else _rows(tensor, first, max(first, last))
+    return return_and_correct_aliasing(func, (tensor, dim, start, end, step), {}, result)
+
+
+def _split(func: Any, tensor: QuantizedTensor, sizes: int | Sequence[int], dim: int = 0) -> list[QuantizedTensor]:
+    if dim % tensor.ndim:
+        unsupported("split", "takes whole rows of a QuantizedTensor only, along the first axis")
+    rows = tensor.shape[0]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_rows(tensor, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    format, components = tensor.format.rows(resolve(tensor), tensor.shape, start, stop)
+    return QuantizedTensor(components, format, (stop - start, *tensor.shape[1:]), tensor.dtype)
+
+
+OPERATORS.update(
+    {
+        aten.detach.default: _alias,
+        aten.alias.default: _alias,
+        aten.clone.default: _clone,
+        aten._to_copy.default: _to_copy,
+        aten.empty_like.default: _empty_like,
+        aten.copy_.default: _copy,
+        aten.equal.default: _equal,
+        aten.slice.Tensor: _slice,
+        aten.split.Tensor: _split,
+        aten.split_with_sizes.default: _split,
+    }
+)

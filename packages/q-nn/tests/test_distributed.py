@@ -1,0 +1,552 @@
+"""Quantized models on two real processes: fully_shard, torch.distributed.checkpoint, DTensor.
+
+A function marked ``on_two_ranks`` is a test whose body runs in both processes; it fails if it raises in either. The two live for the whole
+module, because starting one takes seconds, and are replaced after a test that they didn't answer in time. This file is their program too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from q_core.formats.four_bit import FourBit
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.sharding import local_shard
+from q_nn import Linear8bitLt, LinearNF4, LoRAConfig, LoRALinear, add_lora, prepare
+
+SECONDS_A_TEST = 60
+SECONDS_A_COLLECTIVE = 20
+CASES: dict[str, Callable[..., None]] = {}
+
+
+class TwoRanks:
+    """Two processes joined by gloo."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection] = []
+
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        address = os.path.join(self.folder.name, "socket")
+        with Listener(address, "AF_UNIX") as listener:
+            listener._listener._socket.settimeout(SECONDS_A_TEST)  # type: ignore[attr-defined]
+            self.processes = [subprocess.Popen([sys.executable, __file__, address, str(rank)]) for rank in (0, 1)]
+            accepted = [listener.accept() for _ in self.processes]
+        self.connections = [connection for _, connection in sorted((c.recv(), c) for c in accepted)]
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        if self.processes:
+            self.folder.cleanup()
+        self.processes, self.connections = [], []
+
+    def run(self, case: str, arguments: dict[str, Any]) -> None:
+        if not self.processes:
+            self.start()
+        deadline = time.monotonic() + SECONDS_A_TEST
+        for connection in self.connections:
+            connection.send((case, arguments))
+        problems = []
+        for rank, connection in enumerate(self.connections):
+            try:
+                answered = connection.poll(max(0, deadline - time.monotonic()))
+                problem = connection.recv() if answered else "no answer in time"
+            except (EOFError, ConnectionError):
+                problem = "the process ended"
+            if problem is not None:
+                problems.append(f"rank {rank}: {problem}")
+        if problems:
+            self.stop()  # the ranks may be out of step now
+            pytest.fail("\n".join(problems), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[TwoRanks]:
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()
+
+
+def on_two_ranks(case: Callable[..., None]) -> Callable[..., None]:
+    CASES[case.__name__] = case
+
+    def test(two_ranks: TwoRanks, **arguments: Any) -> None:
+        two_ranks.run(case.__name__, arguments)
+
+    parameters = [inspect.Parameter("two_ranks", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += inspect.signature(case).parameters.values()
+    test.__name__, test.__doc__ = case.__name__, case.__doc__
+    test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return test
+
+
+def serve(address: str, rank: int) -> None:
+    """Run the cases that the test process asks for, until it is gone."""
+    torch.set_num_threads(1)
+    with Client(address, "AF_UNIX") as connection:
+        connection.send(rank)
+        store = f"file://{os.path.dirname(address)}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS_A_COLLECTIVE))
+        while True:
+            try:
+                case, arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                torch.manual_seed(0)
+                CASES[case](**arguments)
+                dist.barrier()  # a rank that was left waiting, or a collective too many, shows here
+                connection.send(None)
+            except Exception:
+                connection.send(traceback.format_exc())
+
+
+# --- the model ------------------------------------------------------------------------------------------------------------
+
+FORMATS = ["nf4", "nf4 double", "int8"]
+formats = pytest.mark.parametrize("format", FORMATS)
+
+
+def make_linear(format: str, linear: nn.Linear) -> nn.Linear:
+    if format == "int8":
+        return Linear8bitLt.from_linear(linear)
+    return LinearNF4.from_linear(linear, double_quant=format == "nf4 double")
+
+
+def make_model(format: str, *, seed: int = 0, lora: bool = True, device: str = "cpu") -> nn.Sequential:
+    """Two quantized linear layers with adapters that aren't zero."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = nn.Sequential(
+            make_linear(format, nn.Linear(64, 128)), nn.ReLU(), make_linear(format, nn.Linear(128, 64, bias=False))
+        )
+    if lora:
+        for parameter in add_lora(model, LoRAConfig(rank=4)):
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def shard(model: nn.Sequential, mesh: DeviceMesh | None = None, **options: Any) -> nn.Sequential:
+    mesh = mesh or init_device_mesh("cpu", (2,))
+    for module in model:
+        if isinstance(module, (LoRALinear, nn.Linear)):
+            fully_shard(module, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def weights(model: nn.Module) -> list[QuantizedTensor]:
+    """The quantized weights, whole."""
+    found = []
+    for parameter in model.parameters():
+        if local_shard(parameter) is not None:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            assert isinstance(whole, QuantizedTensor)
+            found.append(whole)
+    return found
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    """They decode to the same, bit for bit, and every other parameter is the same."""
+    assert len(weights(a)) == len(weights(b)) > 0
+    for ours, theirs in zip(weights(a), weights(b), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.dequantize(), theirs.dequantize())
+    for (name, ours), (_, theirs) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert not (ours.requires_grad and local_shard(ours) is not None), name
+        assert ours.requires_grad == theirs.requires_grad, name
+        if local_shard(ours) is None:
+            ours, theirs = (t.full_tensor() if isinstance(t, DTensor) else t for t in (ours, theirs))
+            assert torch.equal(ours, theirs), name
+
+
+def train(model: nn.Module, x: Tensor, target: Tensor, steps: int = 3) -> list[Tensor]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - target).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def own_half(x: Tensor) -> Tensor:
+    return x.chunk(2)[dist.get_rank()]
+
+
+# --- training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh_shape", [(2,), (1, 2)], ids=["FSDP", "HSDP"])
+@formats
+@on_two_ranks
+def test_training_equals_the_single_process(format: str, mesh_shape: tuple[int, ...]) -> None:
+    x, target = torch.randn(8, 64), torch.randn(8, 64)
+    single = make_model(format)
+    before = copy.deepcopy(single)
+    expected = train(single, x, target)
+
+    names = ("replicate", "shard")[-len(mesh_shape) :]
+    model = shard(make_model(format), init_device_mesh("cpu", mesh_shape, mesh_dim_names=names))
+    losses = torch.stack(train(model, own_half(x), own_half(target)))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, torch.stack(expected))
+    assert losses[0] > losses[-1]
+    for (name, ours), theirs, start in zip(model.named_parameters(), single.parameters(), before.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.full_tensor(), theirs, msg=name)
+            assert not torch.equal(theirs, start)
+    assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(weights(model), weights(before), strict=True))
+
+
+@formats
+@on_two_ranks
+def test_each_rank_holds_half(format: str) -> None:
+    model = shard(make_model(format, lora=False))
+    for parameter in model.parameters():
+        if (held := local_shard(parameter)) is not None:
+            assert held.shape == (parameter.shape[0] // 2, parameter.shape[1])
+            assert sum(part.untyped_storage().nbytes() for part in held.components.values()) == held.stored_bytes
+            if isinstance(held.format, FourBit):
+                assert held.stored_bytes * 8 == 4.5 * held.numel()
+    assert "format=" in repr(model)
+
+
+@formats
+@on_two_ranks
+def test_mixed_precision(format: str) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    x = torch.randn(8, 64)
+    single = make_model(format).bfloat16()
+    model = shard(make_model(format), mp_policy=policy)
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, single(x.bfloat16()))
+    out.float().pow(2).mean().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == torch.float32
+
+
+@on_two_ranks
+def test_embedding_decodes_to_the_policys_dtype() -> None:
+    table = nn.Embedding(64, 128)
+    weight = QuantizedTensor.quantize(table.weight, FourBit())
+    table.weight = nn.Parameter(weight, requires_grad=False)
+    ids = torch.tensor([0, 63, 40])
+    fully_shard(table, mesh=init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert torch.equal(table(ids), weight.to(torch.bfloat16).dequantize()[ids])
+
+
+@formats
+@on_two_ranks
+def test_offload_and_gather_again(format: str) -> None:
+    x = torch.randn(3, 64)
+    expected = make_model(format)(x)
+    model = shard(make_model(format), offload_policy=CPUOffloadPolicy(pin_memory=False), reshard_after_forward=True)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)  # the second time into the same buffers
+
+
+@on_two_ranks
+def test_compiled() -> None:
+    x = torch.randn(3, 64)
+    expected = make_model("nf4")(x)
+    model = torch.compile(shard(make_model("nf4")), backend="aot_eager")
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+
+
+# --- what can't be divided ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("format", "rows", "columns", "message"),
+    [
+        ("nf4", 129, 64, "doesn't divide into shards of 65 rows.*ignored_params"),
+        ("nf4 double", 129, 64, "doesn't divide into shards of 65 rows.*ignored_params"),
+        ("int8", 129, 64, "doesn't divide into shards of 65 rows.*ignored_params"),
+        ("nf4", 1, 64, "leaves none for some ranks.*ignored_params"),
+        ("int8", 1, 64, "leaves none for some ranks.*ignored_params"),
+        ("nf4", 6, 32, "blocks of 64 can't be cut before row 3.*ignored_params"),
+        ("nf4 double", 2, 100, "blocks of 64 can't be cut before row 1.*ignored_params"),
+    ],
+)
+@on_two_ranks
+def test_what_does_not_divide_is_refused_by_fully_shard(format: str, rows: int, columns: int, message: str) -> None:
+    linear = nn.Linear(columns, rows)
+    layer = LoRALinear(make_linear(format, linear), LoRAConfig())
+    with pytest.raises(ValueError, match=message):
+        fully_shard(copy.deepcopy(layer), mesh=init_device_mesh("cpu", (2,)))
+
+    x = torch.randn(4, columns)
+    expected = layer(x)
+    ignored: set[nn.Parameter] = {layer.base_layer.weight}
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), ignored_params=ignored)  # the way out that the message names
+    out = layer(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(("format", "columns"), [("nf4", 48), ("nf4 double", 32), ("int8", 37)])
+@on_two_ranks
+def test_rows_that_are_no_blocks_divide_where_blocks_end(format: str, columns: int) -> None:
+    x = torch.randn(4, columns)
+    layer = make_linear(format, nn.Linear(columns, 8))
+    expected, dense = layer(x), weights(layer)[0].dequantize()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    assert torch.equal(layer(x), expected)
+    layer.reshard()  # type: ignore[attr-defined]
+    assert torch.equal(weights(layer)[0].dequantize(), dense)
+
+
+@formats
+@on_two_ranks
+def test_columns_are_not_sharded(format: str) -> None:
+    layer = make_linear(format, nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="whole rows"):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
+
+
+# --- state dicts ----------------------------------------------------------------------------------------------------------
+
+
+@formats
+@on_two_ranks
+def test_state_dict_is_the_whole_models_in_dtensors(format: str) -> None:
+    single = make_model(format.removesuffix(" double")).state_dict() if format != "nf4 double" else None
+    model = shard(make_model(format))
+    state = model.state_dict()
+    if single is not None:
+        assert list(state) == list(single)
+        for key, value in single.items():
+            whole = state[key].full_tensor() if isinstance(state[key], DTensor) else state[key]
+            assert (whole.dtype, whole.shape) == (value.dtype, value.shape), key
+            assert torch.equal(whole, value), key
+    assert not any("nested" in key for key in state)
+    assert not any(isinstance(getattr(value, "_local_tensor", value), QuantizedTensor) for value in state.values())
+    parts = [key for key in state if key.endswith(("weight", ".absmax", ".SCB"))]
+    assert all(isinstance(state[key], DTensor) for key in parts)
+    assert torch.equal(model(torch.ones(1, 64)), make_model(format)(torch.ones(1, 64)))
+
+
+@formats
+@on_two_ranks
+def test_full_tensor_is_the_weight(format: str) -> None:
+    assert_same_weights(shard(make_model(format)), make_model(format))
+
+
+@formats
+@on_two_ranks
+def test_state_dict_loads_into_another_sharded_model(format: str) -> None:
+    x = torch.randn(3, 64)
+    source = shard(make_model(format))
+    for assign in (False, True):
+        target = shard(make_model(format, seed=1))
+        target(x)  # leaves the root's parameters gathered
+        target.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(target(x), source(x))
+        assert_same_weights(target, make_model(format))
+
+
+@formats
+@on_two_ranks
+def test_root_that_a_forward_left_gathered(format: str) -> None:
+    x = torch.randn(3, 64)
+    mesh = init_device_mesh("cpu", (2,))
+    source, target = (make_model(format, seed=seed, lora=False)[0] for seed in (0, 1))
+    for layer in (source, target):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+        layer(x)
+        assert isinstance(layer.weight, QuantizedTensor)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x), source(x))
+
+
+@formats
+@on_two_ranks
+def test_meta_device(format: str) -> None:
+    x = torch.randn(3, 64)
+    expected = make_model(format, lora=False)
+    state = shard(make_model(format, lora=False)).state_dict()
+    target = shard(make_model(format, lora=False, device="meta"))
+    target.load_state_dict(state, assign=True)
+    assert torch.equal(target(x), expected(x))
+    target = shard(make_model(format, lora=False, device="meta")).to_empty(device="cpu")
+    target.load_state_dict(state)
+    assert torch.equal(target(x), expected(x))
+    assert_same_weights(target, expected)
+
+
+@formats
+@on_two_ranks
+def test_get_and_set_sharded(format: str) -> None:
+    source, target = shard(make_model(format)), shard(make_model(format, seed=1))
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in (source, target)]
+    source(torch.randn(3, 64)).sum().backward()
+    optimizers[0].step()
+    model_state, optimizer_state = get_state_dict(source, optimizers[0])
+    assert list(model_state) == list(source.state_dict())
+    set_state_dict(target, optimizers[1], model_state_dict=model_state, optim_state_dict=optimizer_state)
+    assert_same_weights(target, source)
+
+
+@formats
+@on_two_ranks
+def test_get_and_set_full(format: str) -> None:
+    single = make_model(format)
+    plain = make_model(format.removesuffix(" double"), seed=2)
+    state = get_model_state_dict(shard(make_model(format)), options=StateDictOptions(full_state_dict=True))
+    assert not any(isinstance(value, DTensor) for value in state.values())
+    plain.load_state_dict(state)
+    assert_same_weights(plain, single)
+
+    offloaded = get_model_state_dict(shard(make_model(format)), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert list(offloaded) == (list(state) if dist.get_rank() == 0 else [])
+
+    for full in (state, get_model_state_dict(single), single.state_dict()):
+        target = shard(make_model(format, seed=1))
+        set_model_state_dict(target, dict(full), options=StateDictOptions(full_state_dict=True))
+        assert_same_weights(target, single)
+        target = shard(make_model(format, seed=1))
+        target(torch.randn(3, 64))
+        assert not torch.equal(weights(target)[0].dequantize(), weights(single)[0].dequantize())
+
+
+@formats
+@on_two_ranks
+def test_broadcast_from_rank_0_is_refused_by_both(format: str) -> None:
+    single = make_model(format, lora=False)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    target = shard(make_model(format, seed=1, lora=False))
+    with pytest.raises((TypeError, ValueError), match=r"copy_|quantize"):
+        set_model_state_dict(target, single.state_dict() if dist.get_rank() == 0 else {}, options=options)
+
+
+@on_two_ranks
+def test_dense_weights_are_quantized_as_they_load() -> None:
+    dense = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64, bias=False))
+    expected = make_model("nf4", lora=False)
+    expected.load_state_dict(dense.state_dict())
+    target = shard(make_model("nf4", lora=False))
+    target.load_state_dict(shard(copy.deepcopy(dense)).state_dict())
+    assert_same_weights(target, expected)
+
+
+@on_two_ranks
+def test_what_can_not_be_loaded_is_named_and_leaves_the_weight() -> None:
+    target = shard(make_model("nf4", lora=False))
+    other_blocks = shard(nn.Sequential(LinearNF4(64, 128, blocksize=128), nn.ReLU(), LinearNF4(128, 64, False, blocksize=128)))
+    other_shape = shard(nn.Sequential(LinearNF4(64, 64), nn.ReLU(), LinearNF4(64, 64, False)))
+    for state, message in (
+        (other_blocks.state_dict(), "0.weight is held as .*128.*sharded as .*64"),
+        (other_shape.state_dict(), r"0.weight has shape \[64, 64\], expected \[128, 64\]"),
+        (shard(make_model("int8", lora=False)).state_dict(), "0.weight is held as Int8Rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            target.load_state_dict(state, strict=False)
+        for after, before in zip(weights(target), weights(make_model("nf4", lora=False)), strict=True):
+            assert torch.equal(after.dequantize(), before.dequantize())
+    with pytest.raises(RuntimeError, match="sharded as a dense weight"):
+        shard(prepare(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64, bias=False)))).load_state_dict(
+            target.state_dict()
+        )
+    with pytest.raises(RuntimeError, match="distributed"):
+        make_model("nf4", lora=False).load_state_dict(target.state_dict())
+
+
+# --- torch.distributed.checkpoint -----------------------------------------------------------------------------------------
+
+
+def shared_folder(tmp_path: Path) -> str:
+    return str(tmp_path / "checkpoint")
+
+
+@formats
+@on_two_ranks
+def test_checkpoint_of_two_loads_into_two_and_into_one(format: str, tmp_path: Path) -> None:
+    folder = shared_folder(tmp_path)
+    single = make_model(format)
+    dcp.save(get_model_state_dict(shard(make_model(format))), checkpoint_id=folder)
+
+    two = shard(make_model(format, seed=1))
+    state = two.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    two.load_state_dict(state)
+    assert_same_weights(two, single)
+
+    one = make_model(format.removesuffix(" double"), seed=1)
+    state = one.state_dict()
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    one.load_state_dict(state)
+    assert_same_weights(one, single)
+
+
+@formats
+@on_two_ranks
+def test_checkpoint_of_one_loads_into_two(format: str, tmp_path: Path) -> None:
+    folder = shared_folder(tmp_path)
+    single = make_model(format)
+    if dist.get_rank() == 0:
+        dcp.save(single.state_dict(), checkpoint_id=folder, no_dist=True)
+    dist.barrier()
+    model = shard(make_model(format, seed=1))
+    state = model.state_dict()
+    if format == "nf4 double":  # its scales have other keys and sizes than those of the shards
+        with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+            dcp.load(state, checkpoint_id=folder)
+        return
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state)
+    assert_same_weights(model, single)
+
+
+# --- and on one process ---------------------------------------------------------------------------------------------------
+
+
+@formats
+def test_get_and_set_model_state_dict_without_processes(format: str) -> None:
+    source, target = make_model(format), make_model(format, seed=1)
+    state = get_model_state_dict(copy.deepcopy(source))
+    assert list(state) == list(source.state_dict())
+    set_model_state_dict(target, state)
+    assert_same_weights(target, source)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
