@@ -57,6 +57,7 @@ def page(op: str) -> str:
         f"{inline(record.summary)} Family: [{record.family}](index.md#{record.family}).\n\n"
         f"```python\nq_core.ops.{_signature(function)}\n```\n\n"
         f"## Contract\n\n{to_markdown(inspect.getdoc(function) or '', _link, heading='###')}\n\n"
+        f"## What holds for the family\n\n{_text(_module(record), _link)}\n\n"
         f"## For a backend\n\n"
         f"The function that serves it is marked with `@impl` and takes these arguments by name, in any order:\n\n"
         f"```python\n{_signature(record.hook)}\n```\n\n"
