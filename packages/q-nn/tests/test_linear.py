@@ -214,8 +214,8 @@ def test_compiles_whole(make: Make) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="quant_type is 'int4'"):
-        Linear4bit(8, 8, quant_type="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quant_type is 'int3'"):
+        Linear4bit(8, 8, quant_type="int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="blocksize is 48"):
         LinearNF4(8, 8, blocksize=48)
     with pytest.raises(ValueError, match="activations is 'fp8'"):

@@ -17,6 +17,7 @@ from q_core.formats.weight_format import WeightFormat
 from q_nn.linear import Activations, Linear8bitLt
 from q_nn.patterns import check_patterns, matching
 
+_QUANT_TYPES = ("nf4", "fp4")
 _SAVED_BLOCKSIZE = 64
 """What the dialect leaves out because it never differs; the checkpoint itself says it again, and is believed."""
 
@@ -76,6 +77,8 @@ class BitsAndBytesConfig:
             return cls(Int8Rows(), _activations(config.get("llm_int8_threshold", 6.0)), skip)
         nested = _flag(config, "bnb_4bit_use_double_quant", default=False)
         quant_type = config.get("bnb_4bit_quant_type", "fp4")
+        if quant_type not in _QUANT_TYPES:
+            raise ValueError(f"quantization_config: bnb_4bit_quant_type is {quant_type!r}, expected one of {_QUANT_TYPES}")
         return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), "native", skip)
 
 
