@@ -48,7 +48,7 @@ def walk(settings: Settings, output: Path) -> tuple[report.Report, list[str]]:
         answers, differing = steps.serve(quantized.nf4, text, settings, output)
     result = report.Report(
         parameters=trained.model.num_parameters(),
-        training_tokens=settings.pretraining.tokens,
+        training_tokens=trained.tokens,
         training_dtype=trained.dtype,
         loss_adamw=trained.losses["AdamW"],
         loss_adamw8bit=trained.losses["AdamW8bit"],

@@ -31,6 +31,7 @@ class Settings:
         hidden_size: width of the model; the other sizes follow from it.
         layers: decoder layers.
         pretraining: training from scratch, once with each optimizer.
+        pretraining_seconds: what one of them may take; a slow machine takes fewer steps.
         tuning: fine-tuning of the 4-bit model's adapters.
         evaluation_windows: windows of held-out text that a perplexity is measured on.
         answer_tokens: tokens of an answer of the server.
@@ -40,6 +41,7 @@ class Settings:
     hidden_size: int
     layers: int
     pretraining: Phase
+    pretraining_seconds: float
     tuning: Phase
     evaluation_windows: int
     answer_tokens: int
@@ -65,8 +67,9 @@ FULL = Settings(
     vocab_size=4096,
     hidden_size=256,
     layers=4,
-    pretraining=Phase(batch=4, length=128, steps=1500, learning_rate=3e-3),
-    tuning=Phase(batch=4, length=128, steps=150, learning_rate=2e-3),
+    pretraining=Phase(batch=8, length=128, steps=1200, learning_rate=1.2e-3),
+    pretraining_seconds=140,
+    tuning=Phase(batch=8, length=128, steps=150, learning_rate=2e-3),
     evaluation_windows=256,
     answer_tokens=48,
 )
@@ -75,6 +78,7 @@ SMOKE = Settings(
     hidden_size=64,
     layers=2,
     pretraining=Phase(batch=4, length=32, steps=60, learning_rate=3e-3),
+    pretraining_seconds=60,
     tuning=Phase(batch=4, length=32, steps=20, learning_rate=3e-3),
     evaluation_windows=16,
     answer_tokens=8,

@@ -17,7 +17,7 @@ from demo.evaluation import perplexity
 from demo.oracle import Oracle, differing_answers
 from demo.report import Formats, Lora
 from demo.settings import Settings
-from demo.training import bfloat16_is_faster, new_model, train
+from demo.training import measure_pace, new_model, train
 
 SEED = 0
 BETAS = (0.9, 0.95)
@@ -50,8 +50,8 @@ class Text:
         return cls(tokenizer, streams[0], held_out, streams[2], tuning_held_out)
 
     def prompts(self, count: int) -> list[str]:
-        """Beginnings of held-out text, different ones."""
-        return self.tokenizer.batch_decode(self.held_out[:count, :PROMPT_TOKENS])
+        """Pieces of held-out text, without special tokens: in a user's text, those are text."""
+        return self.tokenizer.batch_decode(self.held_out[:count, :PROMPT_TOKENS], skip_special_tokens=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Trained:
     """The model that AdamW8bit trained, and what both optimizers came to, by name."""
 
     model: LlamaForCausalLM
+    tokens: int
     dtype: str
     losses: dict[str, float]
     state_bytes: dict[str, int]
@@ -66,20 +67,20 @@ class Trained:
 
 def pretrain(settings: Settings, text: Text) -> Trained:
     """Train twice from the same weights on the same data in the same order."""
-    phase = settings.pretraining
-    first = next(data.random_windows(text.train, phase, seed=SEED))
-    autocast = bfloat16_is_faster(new_model(settings.model_config(), seed=SEED), first)
+    config = settings.model_config()
+    pace = measure_pace(new_model(config, seed=SEED), next(data.random_windows(text.train, settings.pretraining, seed=SEED)))
+    phase = pace.fit(settings.pretraining, settings.pretraining_seconds)
     losses, states = {}, {}
     for kind in (torch.optim.AdamW, q_optim.AdamW8bit):
         name = kind.__name__
-        model = new_model(settings.model_config(), seed=SEED)
+        model = new_model(config, seed=SEED)
         optimizer = kind(model.parameters(), lr=phase.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
         losses[name] = train(
-            model, optimizer, data.random_windows(text.train, phase, seed=SEED), phase, autocast=autocast, title=name
+            model, optimizer, data.random_windows(text.train, phase, seed=SEED), phase, autocast=pace.autocast, title=name
         )
         states[name] = q_optim.state_bytes(optimizer)
         print(f"{name}: final loss {losses[name]:.4f}, optimizer state {states[name]:,} bytes")
-    return Trained(model, "bfloat16 autocast" if autocast else "float32", losses, states)
+    return Trained(model, phase.tokens, "bfloat16 autocast" if pace.autocast else "float32", losses, states)
 
 
 @dataclass(frozen=True, slots=True)

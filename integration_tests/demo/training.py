@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from demo.settings import Phase
 WARMUP_SHARE = 0.05
 FINAL_SHARE = 0.1
 """The final loss is the mean over this share of the steps: one batch alone is noise."""
+
+OPTIMIZER_SHARE = 1.2
+"""A whole step's time over its forward and backward alone."""
 
 
 def new_model(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
@@ -58,16 +63,35 @@ def train(
     return sum(final) / len(final)
 
 
-def bfloat16_is_faster(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether this processor trains faster under bfloat16 autocast: those without instructions for it don't."""
-    seconds = {}
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a model trains fastest on this machine, and seconds a step takes so."""
+
+    autocast: bool
+    seconds: float
+
+    def fit(self, phase: Phase, seconds: float) -> Phase:
+        """The phase, shortened to what the seconds allow."""
+        return replace(phase, steps=max(1, min(phase.steps, int(seconds / self.seconds))))
+
+
+def measure_pace(model: PreTrainedModel, ids: Tensor) -> Pace:
+    """Try a few steps with and without bfloat16 autocast: a processor without instructions for it is slower with it.
+
+    Args:
+        model: its gradients are reset, nothing else changes.
+        ids: a batch, int64 [batch, length].
+    """
+    paces = []
     for autocast in (False, True):
-        _loss(model, ids, autocast=autocast).backward()  # the first call of a kind also prepares its kernels
-        start = time.perf_counter()
-        _loss(model, ids, autocast=autocast).backward()
-        seconds[autocast] = time.perf_counter() - start
-    model.zero_grad()
-    return seconds[True] < seconds[False]
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            _loss(model, ids, autocast=autocast).backward()
+            seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+        paces.append(Pace(autocast, OPTIMIZER_SHARE * statistics.median(seconds)))
+    return min(paces, key=lambda pace: pace.seconds)
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, *, autocast: bool) -> Tensor:
