@@ -39,7 +39,8 @@ class Environment:
             check: that everything they require is there, in a version that they can work with.
         """
         files = [str(path) for path in distributions]
-        self._pip("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", *files)
+        # What is lent doesn't count: pip would take the same version there for the one to install.
+        self._pip("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *files)
         if check:
             self._pip("check")
 

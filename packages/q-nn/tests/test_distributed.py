@@ -35,11 +35,23 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.sharding import local_shard
-from q_nn import Linear8bitLt, LinearNF4, LoRAConfig, LoRALinear, add_lora, prepare
+from q_nn import (
+    Linear8bitLt,
+    LinearNF4,
+    LoRAConfig,
+    LoRALinear,
+    QConfig,
+    add_lora,
+    prepare,
+    quantize,
+    save_pretrained,
+    weight_bytes,
+)
 
 SECONDS_A_TEST = 60
 SECONDS_A_COLLECTIVE = 20
@@ -244,6 +256,35 @@ def test_each_rank_holds_half(format: str) -> None:
             if isinstance(held.format, FourBit):
                 assert held.stored_bytes * 8 == 4.5 * held.numel()
     assert "format=" in repr(model)
+
+
+@formats
+@on_two_ranks
+def test_what_was_gathered_is_given_back(format: str) -> None:
+    model = make_model(format)
+    seen: list[QuantizedTensor] = []
+    for module in model:
+        if isinstance(module, LoRALinear):
+            module.base_layer.register_forward_hook(lambda layer, inputs, out: seen.append(layer.weight))
+    shard(model, reshard_after_forward=True)
+    model(torch.randn(3, 64)).sum().backward()
+    assert len(seen) == 2
+    assert all(part.untyped_storage().nbytes() == 0 for weight in seen for part in weight.components.values())
+    own = weight_bytes(model)
+    assert own < 0.6 * weight_bytes(make_model(format))
+
+
+@on_two_ranks
+def test_a_cast_after_the_first_forward_is_refused() -> None:
+    table = nn.Embedding(64, 128)
+    table.weight = nn.Parameter(QuantizedTensor.quantize(table.weight, FourBit()), requires_grad=False)
+    fully_shard(table, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    ids = torch.tensor([0, 63])
+    table.to(torch.bfloat16)
+    assert table(ids).dtype == torch.bfloat16
+    table.to(torch.float16)
+    with pytest.raises(ValueError, match="bfloat16 at the first forward.*float16 now"):
+        table(ids)
 
 
 @formats
@@ -488,6 +529,18 @@ def test_what_can_not_be_loaded_is_named_and_leaves_the_weight() -> None:
         )
     with pytest.raises(RuntimeError, match="distributed"):
         make_model("nf4", lora=False).load_state_dict(target.state_dict())
+
+
+@on_two_ranks
+def test_a_sharded_model_is_no_hugging_face_directory(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    quantize(model, QConfig())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="is sharded.*full_state_dict"):
+        save_pretrained(model, tmp_path / str(dist.get_rank()))
 
 
 # --- torch.distributed.checkpoint -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from q_core.formats.sharding import is_dtensor
 from q_nn.atomic import write_files
 from q_nn.hf_config import quantization_config
 from q_nn.lora import LoRALinear
@@ -38,7 +39,7 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         TypeError: the model has no such config.
-        ValueError: the model holds adapters, is on the meta device, or is quantized in more ways than config.json can say, or the
+        ValueError: the model holds adapters, is on the meta device, is sharded, or is quantized in more ways than config.json can say, or the
             directory holds a model in several files.
         OSError: writing failed.
     """
@@ -77,6 +78,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if name not in duplicates:
             if tensor.is_meta:
                 raise ValueError(f"save_pretrained: {name} is on the meta device, expected real values; load the model first")
+            if is_dtensor(tensor):
+                raise ValueError(
+                    f"save_pretrained: {name} is sharded, expected a whole model; load what torch's "
+                    "get_model_state_dict gives with full_state_dict=True into one, and save that"
+                )
             tensors[name] = tensor.contiguous()
     return tensors
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from q_core import ops
-from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
-from q_core.specs.check import BLOCKSIZES, FLOATS
+from q_core.formats.codebooks import BLOCKSIZES, DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from q_core.optimizers import OptimizerName
+from q_core.specs.check import FLOATS
 
 _STATE_KEYS = {
     8: ("step", "state1", "state2", "absmax1", "absmax2"),

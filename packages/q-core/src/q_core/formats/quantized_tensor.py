@@ -171,26 +171,37 @@ class QuantizedTensor(torch.Tensor):
     # --- FSDP2 ------------------------------------------------------------------------------------------------------
 
     def fsdp_pre_all_gather(
-        self, mesh: object, outer_size: torch.Size, outer_stride: object, module: object, mp_policy: object
-    ) -> tuple[tuple[Tensor, ...], tuple[WeightFormat, torch.Size]]:
+        self, mesh: object, outer_size: torch.Size, outer_stride: object, module: object, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[WeightFormat, torch.Size, torch.dtype]]:
         """A shard's components, flat: shards are whole rows of whole blocks, so one after the other they are the whole's."""
-        return tuple(component.reshape(-1) for component in self.components.values()), (self.format, outer_size)
+        components = tuple(component.reshape(-1) for component in self.components.values())
+        return components, (self.format, outer_size, mp_policy.param_dtype or self.dtype)
 
     def fsdp_post_all_gather(
         self,
         gathered: tuple[Tensor, ...],
-        metadata: tuple[WeightFormat, torch.Size],
+        metadata: tuple[WeightFormat, torch.Size, torch.dtype],
         param_dtype: torch.dtype,
         *,
         out: Tensor | None = None,
     ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
-        """The whole weight around the gathered components. It shares their memory, so that a later gather has nothing to do."""
+        """The whole weight around the gathered components. It shares their memory, so that a later gather has nothing to do.
+
+        Raises:
+            ValueError: the shard's format or dtype is no longer that of the first gather, whose tensor modules hold on to.
+        """
+        format, shape, dtype = metadata
         if out is not None:
+            assert isinstance(out, QuantizedTensor)
+            if (out.format, out.dtype) != (format, dtype):
+                raise ValueError(
+                    f"fully_shard: a quantized weight held as {out.format}, {short(out.dtype)} at the first forward is {format}, "
+                    f"{short(dtype)} now; cast or load it before the first forward"
+                )
             return None
-        format, shape = metadata
         shapes = {name: component.shape for name, component in format.empty(shape, "meta").items()}
         components = {name: part.view(shapes[name]) for name, part in zip(format.component_names, gathered, strict=True)}
-        return QuantizedTensor(components, format, shape, param_dtype), ()
+        return QuantizedTensor(components, format, shape, dtype), ()
 
 
 def resolve(weight: QuantizedTensor) -> Components:

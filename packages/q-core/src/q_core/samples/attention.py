@@ -96,6 +96,17 @@ def _attention(make: Make, dtype: torch.dtype, batch: Batch, codes: torch.dtype 
     } | changes  # fmt: skip
 
 
+def _unwritten_slots_are_nan(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call on a cache whose memory, beyond the sequences, holds what memory may hold."""
+    blocks, _, S, _ = call["k_cache_BGSD"].shape
+    written = torch.zeros(blocks, S, dtype=torch.bool)
+    for table, length in zip(call["block_tables"].tolist(), call["seq_lens"].tolist(), strict=True):
+        for position in range(length):
+            written[table[position // S], position % S] = True
+    caches = ("k_cache_BGSD", "v_cache_BGSD")
+    return call | {name: call[name].masked_fill(~written[:, None, :, None], float("nan")) for name in caches}
+
+
 def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for batch in make.cases(BATCHES, draw_batch):
         yield _attention(make, dtype, batch)
@@ -104,6 +115,9 @@ def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         for window in (1, 3, 100):
             yield _attention(make, dtype, batch, window=window)
         yield _attention(make, dtype, batch, softcap=0.7)
+        yield _attention(make, dtype, batch, scale=0.7)
+        yield _unwritten_slots_are_nan(_attention(make, dtype, batch))
+        yield _unwritten_slots_are_nan(_attention(make, dtype, batch, causal=False))
         yield _attention(make, dtype, batch, sinks_H=make.normal(batch.H, scale=2.0))
         for codes in CODE_DTYPES[1:]:
             yield _attention(make, dtype, batch, codes)

@@ -14,7 +14,7 @@ from q_core.samples.make import Make
 
 SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
     ((1,), 32, 64),
-    ((4,), 17, 96),
+    ((4,), 17, 95),
     ((2, 3), 8, 40),
     ((), 5, 64),
     ((0,), 4, 32),

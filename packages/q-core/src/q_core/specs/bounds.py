@@ -71,7 +71,7 @@ def _update_size(arguments: Arguments, index: int) -> float:
     for number, factor in ((1, 1.0), (3, 1 + arguments["alpha"])):
         scales = arguments.get(f"absmax{number}") or arguments[f"state{number}"]
         size += factor * _largest(scales[index]) if scales else 0.0
-    return size / (1 - arguments["beta2"]) ** 0.5
+    return float(size / (1 - arguments["beta2"]) ** 0.5)
 
 
 def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
@@ -113,7 +113,10 @@ def paged_attention(arguments: Arguments, expected: Tensor) -> Tensor:
     q = arguments["q_THD"]
     if not expected.numel():
         return torch.zeros_like(expected, dtype=torch.float64)
-    k, v = (reference_attention.decode(arguments[f"{name}_cache_BGSD"], arguments[f"{name}_scale_BGS"]).double() for name in "kv")
+    k, v = (
+        reference_attention.decode(arguments[f"{name}_cache_BGSD"], arguments[f"{name}_scale_BGS"]).double().nan_to_num()
+        for name in "kv"
+    )
     longest = q.double().norm(dim=-1).max() * k.norm(dim=-1).max() * abs(arguments["scale"])
     return _tolerance((v.abs().max() * (1 + longest)).expand(expected.shape), q.dtype)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +125,13 @@ def _message(longrepr: Any) -> str:
     return str(text).removeprefix("AssertionError: ").split("\n", 1)[0]
 
 
-def conformance(capabilities: Capabilities, *, ops: Sequence[str] | None = None) -> Report:
+def conformance(capabilities: Capabilities, *, ops: Sequence[str] | None = None, stop: bool = False) -> Report:
     """Run the suite as a vendor's test file would.
 
     Args:
         capabilities: the backend and what is known of it.
         ops: only these of its ops.
+        stop: at the first failure.
 
     Raises:
         ValueError: the backend is not available, or doesn't implement one of ``ops``.
@@ -140,10 +143,10 @@ def conformance(capabilities: Capabilities, *, ops: Sequence[str] | None = None)
     chosen = [op for op in implemented if ops is None or op in ops]
     collector = _Collector(chosen)
     with _test_file(capabilities) as file:
-        arguments = [str(file), "-q", "-c", str(file.parent / "pytest.ini"), "--rootdir", str(file.parent), "-p", "no:cacheprovider"]
+        arguments = [str(file), "-q", "-c", str(file.parent / "pytest.ini"), "--import-mode=importlib", "-p", "no:cacheprovider"]
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            code = pytest.main(arguments, plugins=[collector])
+            code = pytest.main([*arguments, *(["--maxfail=1"] if stop else [])], plugins=[collector])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         collector.failures.setdefault(None, []).append(Failure("pytest", output.getvalue()))
     return Report(
@@ -172,6 +175,10 @@ _WITHOUT_CALLS = ("test_bad_arguments", "test_predicate_answers_without_values")
 def _test_file(capabilities: Capabilities) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "pytest.ini").write_text(SETTINGS)
-        file = Path(folder) / "test_conformance.py"
+        # Another name each time: pytest would take a module that it imported before for this one.
+        file = Path(folder) / f"test_conformance_{uuid.uuid4().hex}.py"
         file.write_text(f"from q_core.testing.suite import *\n\nCAPABILITIES = {capabilities!r}\n")
-        yield file
+        try:
+            yield file
+        finally:
+            sys.modules.pop(file.stem, None)
