@@ -283,7 +283,7 @@ def test_a_cast_after_the_first_forward_is_refused() -> None:
     table.to(torch.bfloat16)
     assert table(ids).dtype == torch.bfloat16
     table.to(torch.float16)
-    with pytest.raises(ValueError, match="bfloat16 at the first forward.*float16 now"):
+    with pytest.raises(ValueError, match=r"bfloat16 at the first forward.*float16 now"):
         table(ids)
 
 
@@ -539,7 +539,7 @@ def test_a_sharded_model_is_no_hugging_face_directory(tmp_path: Path) -> None:
     model = LlamaForCausalLM(config)
     quantize(model, QConfig())
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match="is sharded.*full_state_dict"):
+    with pytest.raises(ValueError, match=r"is sharded.*full_state_dict"):
         save_pretrained(model, tmp_path / str(dist.get_rank()))
 
 

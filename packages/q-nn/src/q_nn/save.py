@@ -39,8 +39,8 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         TypeError: the model has no such config.
-        ValueError: the model holds adapters, is on the meta device, is sharded, or is quantized in more ways than config.json can say, or the
-            directory holds a model in several files.
+        ValueError: the model holds adapters, is on the meta device, is sharded, or is quantized in more ways than config.json can
+            say, or the directory holds a model in several files.
         OSError: writing failed.
     """
     config = getattr(model, "config", None)
