@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import subprocess
 import sys
 import tempfile
@@ -67,10 +66,11 @@ class TwoRanks:
 
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        address = os.path.join(self.folder.name, "socket")
-        with Listener(address, "AF_UNIX") as listener:
+        store = Path(self.folder.name, "store")
+        with Listener(("127.0.0.1", 0)) as listener:  # a port that is free
             listener._listener._socket.settimeout(SECONDS_A_TEST)  # type: ignore[attr-defined]
-            self.processes = [subprocess.Popen([sys.executable, __file__, address, str(rank)]) for rank in (0, 1)]
+            port = str(listener.address[1])
+            self.processes = [subprocess.Popen([sys.executable, __file__, port, str(rank), store.as_uri()]) for rank in (0, 1)]
             accepted = [listener.accept() for _ in self.processes]
         self.connections = [connection for _, connection in sorted((c.recv(), c) for c in accepted)]
 
@@ -124,12 +124,11 @@ def on_two_ranks(case: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-def serve(address: str, rank: int) -> None:
+def serve(port: int, rank: int, store: str) -> None:
     """Run the cases that the test process asks for, until it is gone."""
     torch.set_num_threads(1)
-    with Client(address, "AF_UNIX") as connection:
+    with Client(("127.0.0.1", port)) as connection:
         connection.send(rank)
-        store = f"file://{os.path.dirname(address)}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS_A_COLLECTIVE))
         while True:
             try:
@@ -602,4 +601,4 @@ def test_get_and_set_model_state_dict_without_processes(format: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
