@@ -61,6 +61,32 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance(session: nox.Session) -> None:
+    """Test every backend that works on this machine against the surface; arguments after ``--`` go to ``q-core conformance``."""
+    install_wheels(session, "conformance")
+    for backend in ("reference", "q_cpu"):
+        session.run("q-core", "conformance", "--backend", backend, *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant faults in a vendor's backend, one at a time; the conformance suite must catch each."""
+    install_wheels(session, "conformance")
+    for folder in OTHER_VENDORS:
+        # Its sources are what the faults change.
+        session.install("--no-deps", "--force-reinstall", str(wheel(session, folder)))
+    session.chdir("integration_tests")
+    session.run("python", "-m", "mutants", *session.posargs)
+
+
+@nox.session(name="bench-dispatch")
+def bench_dispatch(session: nox.Session) -> None:
+    """Measure what a call costs over its bare kernel, beside bitsandbytes; writes build/bench/dispatch.json."""
+    install_wheels(session, "bench")
+    session.run("q-core", "bench", "--output", str(BUILD / "bench" / "dispatch.json"), *session.posargs)
+
+
+@nox.session
 def isolation(session: nox.Session) -> None:
     """Run a model in fresh environments: without a backend, with two, with a broken one, with one for a newer surface."""
     pip_install(session, "torch")

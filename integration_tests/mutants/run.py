@@ -44,7 +44,9 @@ def mutated_source(fault: Fault) -> str:
     """
     source = inspect.getsource(importlib.import_module(f"{PACKAGE}.{fault.module}"))
     if source.count(fault.before) != 1:
-        raise StaleFaultError(f"{fault.op}, {fault.what}: {fault.before!r} occurs {source.count(fault.before)} times in {fault.module}")
+        raise StaleFaultError(
+            f"{fault.op}, {fault.what}: {fault.before!r} occurs {source.count(fault.before)} times in {fault.module}"
+        )
     return source.replace(fault.before, fault.after)
 
 

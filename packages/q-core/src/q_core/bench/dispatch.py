@@ -116,9 +116,7 @@ def _best(call: Callable[[], Any], repeats: int) -> float:
     return min(timeit.repeat(call, number=CALLS, repeat=repeats)) / CALLS * 1e6
 
 
-def _over_bare(
-    library: str, layers: dict[str, Callable[[], Any]], bare: Callable[[], Any], repeats: int
-) -> Iterator[Measurement]:
+def _over_bare(library: str, layers: dict[str, Callable[[], Any]], bare: Callable[[], Any], repeats: int) -> Iterator[Measurement]:
     for mode, context in MODES.items():
         with context():
             floor = _best(bare, repeats)
@@ -172,7 +170,9 @@ def _theirs(repeats: int) -> tuple[str, list[Measurement]]:
         library.impl("gemm_4bit", nothing, "CPU")
         layers = {
             "bound": lambda: op(x, weight, state.shape, state.absmax, state.blocksize, state.quant_type),
-            "public": lambda: bitsandbytes.matmul_4bit(x, weight, quant_state=state),
+            "public": lambda: bitsandbytes.matmul_4bit(  # type: ignore[attr-defined]  # it exports by import alone
+                x, weight, quant_state=state
+            ),
         }
         return bitsandbytes.__version__, list(_over_bare("bitsandbytes", layers, lambda: _empty_kernel(x), repeats))
     finally:

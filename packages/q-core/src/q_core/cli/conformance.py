@@ -17,7 +17,9 @@ EXTRA = ("hypothesis", "pytest")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", required=True, help="name of the backend, as `q-core doctor` prints it")
     parser.add_argument("--op", action="append", dest="ops", metavar="OP", help="only this op; may be given more than once")
-    parser.add_argument("--examples", type=int, default=30, help="calls that are made up for an op and a test (default: %(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=30, help="calls that are made up for an op and a test (default: %(default)s)"
+    )
     add_device(parser)
     add_json(parser)
 

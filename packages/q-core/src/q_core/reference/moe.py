@@ -24,7 +24,7 @@ def route_topk(logits_TE: Tensor, k: int, renormalize: bool, scoring: str) -> tu
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = torch.where(wide.isnan().any(-1, keepdim=True), torch.nan, weights)
-    return weights.to(torch.float64 if wide.dtype is torch.float64 else torch.float32), ids.to(torch.int32)
+    return weights.to(torch.float64 if wide.dtype is torch.float64 else torch.float32), ids.to(torch.int32).contiguous()
 
 
 def decode_expert(weight: Tensor, scale: Tensor | None, index: int, shape: tuple[int, int], format: str, blocksize: int) -> Tensor:

@@ -110,7 +110,7 @@ def compare(got: Any, expected: Any, bound: Any) -> str | None:
     """What is wrong with an output, or ``None``.
 
     Where the expected value is finite, the error is at most the bound (where that is finite, else the result is finite too); where it is
-    not, neither is the result. An exact result is equal, NaN to NaN.
+    not, neither is the result. A value beyond the output's dtype may be infinite. An exact result is equal, NaN to NaN.
     """
     if isinstance(got, list):
         for i, item in enumerate(got):
@@ -132,7 +132,8 @@ def compare(got: Any, expected: Any, bound: Any) -> str | None:
     if bool(swallowed.any()):
         return f"is finite in {int(swallowed.sum())} of {swallowed.numel()} elements that are not finite"
     error = (got.double() - expected.double()).abs()
-    wrong = finite & ~((error <= bound) | (~torch.as_tensor(bound).isfinite() & got.isfinite()))
+    overflowed = ~expected.to(got.dtype).isfinite() & ~got.isfinite()
+    wrong = finite & ~((error <= bound) | (~torch.as_tensor(bound).isfinite() & got.isfinite()) | overflowed)
     if not bool(wrong.any()):
         return None
     return f"misses in {int(wrong.sum())} of {wrong.numel()} elements, at most by {float(error[wrong].max()):.3g}"

@@ -32,4 +32,6 @@ class Capabilities:
     def __post_init__(self) -> None:
         for test, reason in self.known_failures.items():
             if not reason.strip():
-                raise ValueError(f"Capabilities: known_failures[{test!r}] is empty, expected the reason why the test can't pass yet.")
+                raise ValueError(
+                    f"Capabilities: known_failures[{test!r}] is empty, expected the reason why the test can't pass yet."
+                )
