@@ -69,7 +69,8 @@ def paged_attention(
 
     The queries of request r are rows ``query_start[r]…query_start[r+1]-1`` of ``q_THD`` and stand at the *last* positions of its
     sequence of ``seq_lens[r]`` tokens, all of which are in the cache (write first, then attend). Query head h reads kv head
-    ``h // (H / G)``. Scores and softmax are float32 or better. What the mask hides has no influence, NaN or not.
+    ``h // (H / G)``. Scores and softmax are float32 or better. What lies outside of a request's sequence, or before the windows of all its
+    queries, has no influence, NaN or not.
 
     Args:
         q_THD: float32, bfloat16 or float16 [T, H, D], H a multiple of G.
