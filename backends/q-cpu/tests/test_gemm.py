@@ -143,5 +143,6 @@ def test_int8_gemm_holds_the_largest_sum():
 
 
 def test_other_dtypes_are_declined_in_words():
-    assert "x_TK is torch.float64" in gemm.gemm_4bit.q_accepts(x_TK=torch.empty(1, 1, dtype=torch.float64))
+    assert "x_TK is torch.float64" in gemm.gemm_4bit.q_accepts(x_TK=torch.empty(1, 1, dtype=torch.float64), quant_type="nf4")
+    assert gemm.gemm_4bit.q_accepts(x_TK=torch.empty(1, 1), quant_type="int4") == "quant_type 'int4', only nf4, fp4"
     assert "dtype is torch.float64" in gemm.int8_gemm.q_accepts(dtype=torch.float64)

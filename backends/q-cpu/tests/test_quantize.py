@@ -312,9 +312,16 @@ def test_float64_is_declined_in_words():
     double = torch.randn(64, dtype=torch.float64)
     for function, arguments in (
         (quantize.quantize_blockwise, {"A": double}),
-        (quantize.quantize_4bit, {"A": double}),
+        (quantize.quantize_4bit, {"A": double, "quant_type": "nf4"}),
         (quantize.quantize_int8_rowwise, {"A_TK": double}),
         (quantize.dequantize_blockwise, {"dtype": torch.float64}),
-        (quantize.dequantize_4bit, {"dtype": torch.int32}),
+        (quantize.dequantize_4bit, {"dtype": torch.int32, "quant_type": "nf4"}),
     ):
         assert "only float32, bfloat16 and float16" in function.q_accepts(**arguments)
+
+
+@pytest.mark.parametrize("quant_type", ["int4", "mxfp4", "nvfp4"])
+def test_other_4bit_types_are_declined_in_words(quant_type):
+    reason = f"quant_type {quant_type!r}, only nf4, fp4"
+    assert quantize.quantize_4bit.q_accepts(A=torch.ones(1), quant_type=quant_type) == reason
+    assert quantize.dequantize_4bit.q_accepts(dtype=torch.float32, quant_type=quant_type) == reason

@@ -45,7 +45,8 @@ TORCH: list[tuple[str, type[torch.optim.Optimizer], dict[str, Any], dict[str, An
     ("sgd", torch.optim.SGD, {"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sgd", torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.2}, {"lr": 1e-2, "beta1": 0.9, "dampening": 0.2}),
     ("sgd", torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}, {"lr": 1e-2, "beta1": 0.9, "nesterov": True}),
-    ("rmsprop", torch.optim.RMSprop, {"lr": 1e-2, "alpha": 0.95, "weight_decay": 0.1}, {"lr": 1e-2, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}),
+    ("rmsprop", torch.optim.RMSprop, {"lr": 1e-2, "alpha": 0.95, "weight_decay": 0.1},
+     {"lr": 1e-2, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}),
     ("rmsprop", torch.optim.RMSprop, {"lr": 1e-2, "alpha": 0.95, "momentum": 0.8}, {"lr": 1e-2, "beta2": 0.95, "eps": 1e-8, "beta1": 0.8}),
     ("adagrad", torch.optim.Adagrad, {"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-2, "eps": 1e-10, "weight_decay": 0.1}),
 ]  # fmt: skip
