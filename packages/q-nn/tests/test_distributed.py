@@ -1,7 +1,8 @@
 """Quantized models on two real processes: fully_shard, torch.distributed.checkpoint, DTensor.
 
 A function marked ``on_two_ranks`` is a test whose body runs in both processes; it fails if it raises in either. The two live for the whole
-module, because starting one takes seconds, and are replaced after a test that they didn't answer in time. This file is their program too.
+module, because starting one takes seconds, and are replaced after a test that they didn't answer in time. This file is their program too,
+which is why it is one long file.
 """
 
 from __future__ import annotations

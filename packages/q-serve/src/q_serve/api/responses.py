@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from q_serve.api.errors import ApiError
 from q_serve.api.generation import Answer, Choice, Piece
 
 
-class Shape:
+class Shape(ABC):
     """How one kind of answer looks.
 
     Args:
@@ -26,17 +27,17 @@ class Shape:
     def __init__(self, model: str) -> None:
         self._head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
+    @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
         """A choice of a whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """What a stream says of a choice before its text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, piece: Piece) -> dict[str, Any]:
         """A choice in a chunk of a stream."""
-        raise NotImplementedError
 
     def answer(self, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
