@@ -81,9 +81,9 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session(name="bench-dispatch")
 def bench_dispatch(session: nox.Session) -> None:
-    """Measure what a call costs over its bare kernel, beside bitsandbytes; writes build/bench/dispatch.json."""
+    """Measure what a call costs over its bare kernel, beside bitsandbytes; fails above a target; writes build/bench/dispatch.json."""
     install_wheels(session, "bench")
-    session.run("q-core", "bench", "--output", str(BUILD / "bench" / "dispatch.json"), *session.posargs)
+    session.run("q-core", "bench", "--output", str(BUILD / "bench" / "dispatch.json"), "--check", *session.posargs)
 
 
 @nox.session

@@ -1,12 +1,12 @@
 """Binds the op surface into torch's dispatcher, as the namespace ``q``.
 
-For each op and dispatch key a *trampoline* is registered with ``torch.library``; it holds the compiled chain of the implementations that
-may serve there. What each layer does, from the caller inwards:
+For each op and dispatch key a *trampoline* is registered with ``torch.library``; its code is the compiled chain of the implementations
+that may serve there. What each layer does, from the caller inwards:
 
 1. Autocast key: casts activations and bias of the ops that say so.
 2. Autograd key: one handwritten kernel an op (a third of the cost of ``register_autograd``): records the formula of the op's record, or
    a backward that raises, where a gradient is asked for.
-3. Device key: the trampoline calls the chain and bumps the version counters of what is mutated, which raw kernels don't.
+3. Device key: the trampoline calls the first implementation that accepts the call, and bumps the version counters of what is mutated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 
 from q_core.autograd import autograd_kernel
-from q_core.chain import compile_chain
+from q_core.chain import Trampoline
 from q_core.record import OpRecord
 from q_core.registry import Registry, registry, set_registry
 from q_core.specs import RECORDS, record_of
@@ -43,45 +43,15 @@ DISPATCH_KEYS = {
 """Dispatch keys by torch device type."""
 
 
-class _Cell:
-    """The one place a trampoline looks at: what serves its op on its device type now."""
-
-    __slots__ = ("call", "device_type", "record")
-
-    def __init__(self, record: OpRecord, device_type: str) -> None:
-        self.record = record
-        self.device_type = device_type
-        self.reset()
-
-    def reset(self) -> None:
-        """Compile the chain at the next call: importing q_core loads no backend."""
-        self.call: Callable[..., Any] = self._first_call
-
-    def _first_call(self, *arguments: Any) -> Any:
-        name = self.device_type
-        if name == "privateuseone":
-            name = torch._C._get_privateuse1_backend_name()
-        loaded = registry()
-        self.call = compile_chain(self.record, name, loaded.chain(self.record.name, name), loaded.fallback)
-        return self.call(*arguments)
+def _load(trampoline: Trampoline) -> None:
+    device_type = trampoline.device_type
+    if device_type == "privateuseone":
+        device_type = torch._C._get_privateuse1_backend_name()
+    loaded = registry()
+    trampoline.lead_to(loaded.chain(trampoline.op, device_type), device_type, loaded.fallback)
 
 
-_cells: list[_Cell] = []
-
-
-def _trampoline(record: OpRecord, cell: _Cell) -> Callable[..., Any]:
-    if not record.mutates:
-        return lambda *arguments: cell.call(*arguments)
-    positions = tuple(record.arguments.index(name) for name in record.mutates)
-
-    def mutating(*arguments: Any) -> None:
-        cell.call(*arguments)
-        for position in positions:
-            mutated = arguments[position]
-            if mutated is not None:
-                torch.autograd.graph.increment_version([mutated] if isinstance(mutated, torch.Tensor) else mutated)
-
-    return mutating
+_trampolines: list[Trampoline] = []
 
 
 def _autocast_kernel(record: OpRecord, device_type: str, op: Any) -> Callable[..., Any]:
@@ -103,12 +73,14 @@ def _define(record: OpRecord) -> None:
     schema = torch.library.infer_schema(record.hook, op_name=record.name, mutates_args=record.mutates)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.q, record.name).default
+    by_key = {}
     for device_type, key in DISPATCH_KEYS.items():
-        cell = _Cell(record, device_type)
-        _cells.append(cell)
-        LIBRARY.impl(record.name, _trampoline(record, cell), key)
+        by_key[key] = Trampoline(record, device_type, _load)
+        LIBRARY.impl(record.name, by_key[key].function, key)
+    _trampolines.extend(by_key.values())
     torch.library.register_fake(f"q::{record.name}", record.fake, lib=LIBRARY)
-    LIBRARY.impl(record.name, autograd_kernel(record, op), "Autograd")
+    kernel = autograd_kernel(record, op, {key: trampoline.function for key, trampoline in by_key.items()})
+    LIBRARY.impl(record.name, kernel, "Autograd", with_keyset=True)
     if record.autocast:
         for device_type, key in DISPATCH_KEYS.items():
             LIBRARY.impl(record.name, _autocast_kernel(record, device_type, op), f"Autocast{key}")
@@ -141,9 +113,9 @@ def bound(op: str | Callable[..., Any]) -> Callable[..., Any]:
 _selection_lock = threading.RLock()
 
 
-def _reset_cells() -> None:
-    for cell in _cells:
-        cell.reset()
+def _reset() -> None:
+    for trampoline in _trampolines:
+        trampoline.reset()
 
 
 @contextlib.contextmanager
@@ -161,13 +133,13 @@ def use_backends(*names: str) -> Iterator[None]:
     chosen = loaded.check_names(names)
     with _selection_lock:
         previous, loaded.selected = loaded.selected, chosen
-        _reset_cells()
+        _reset()
     try:
         yield
     finally:
         with _selection_lock:
             loaded.selected = previous
-            _reset_cells()
+            _reset()
 
 
 @contextlib.contextmanager
@@ -175,10 +147,10 @@ def replaced_registry(replacement: Registry) -> Iterator[None]:
     """Dispatch through another registry, in the whole process, while the context stands: for tests of backends."""
     with _selection_lock:
         previous = set_registry(replacement)
-        _reset_cells()
+        _reset()
     try:
         yield
     finally:
         with _selection_lock:
             set_registry(previous)
-            _reset_cells()
+            _reset()
