@@ -8,7 +8,9 @@ import statistics
 import bitsandbytes.functional as peer
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from q_core.formats import codebooks
 from q_core.formats.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, FOUR_BIT_BOOKS, NF4, FourBitType, book_tensor, dynamic_map
 
 
@@ -49,3 +51,10 @@ def test_books_are_shared_and_usable_for_a_backward() -> None:
     with torch.inference_mode():
         inside = dynamic_map(signed=True, device="cpu")
     assert inside is dynamic_map(signed=True) and not inside.is_inference()
+
+
+def test_no_fake_tensor_gets_into_the_cache() -> None:
+    codebooks._dynamic_map.cache_clear()
+    with FakeTensorMode():
+        assert isinstance(codebooks.dynamic_map(signed=True), FakeTensor)
+    assert type(codebooks.dynamic_map(signed=True)) is torch.Tensor

@@ -131,6 +131,7 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
-    if torch.compiler.is_compiling():  # a cache doesn't belong into a graph; a constant does
+    # A cache doesn't belong into a graph; a constant does. And no fake tensor belongs into the cache.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
     return _dynamic_map(signed, torch.device(device))
