@@ -38,8 +38,9 @@ KERNEL_FLAGS = (
 
 KERNELS = Path("csrc/kernels")
 BINDINGS = Path("csrc/bindings")
-LEVEL_SOURCES = [str(KERNELS / name) for name in ("quantize.cpp", "gemm.cpp", "optim.cpp", "table.cpp")]
-SOURCES = [str(path) for path in (KERNELS / "code_book.cpp", KERNELS / "levels.cpp", *sorted(BINDINGS.glob("*.cpp")))]
+ONCE = [KERNELS / "code_book.cpp", KERNELS / "levels.cpp"]
+LEVEL_SOURCES = [str(path) for path in sorted(KERNELS.glob("*.cpp")) if path not in ONCE]
+SOURCES = [str(path) for path in (*ONCE, *sorted(BINDINGS.glob("*.cpp")))]
 HEADERS = [str(path) for directory in (KERNELS, BINDINGS) for path in sorted(directory.glob("*.h"))]
 
 

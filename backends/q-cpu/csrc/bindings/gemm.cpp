@@ -1,4 +1,5 @@
 #include "module.h"
+#include "gemm.h"
 #include "state.h"
 #include "threads.h"
 
@@ -32,7 +33,7 @@ void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t block
       result.dtype(),
   };
   if (result.numel() == 0) return;
-  const auto kernel = kernels().gemm_4bit;
+  const auto kernel = kernels().gemm->gemm_4bit;
   parallel_for(N, checked_product(op, T, K), [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
@@ -54,7 +55,7 @@ void int8_gemm(py::handle a, py::handle b, py::handle a_scale, py::handle b_scal
       result.dtype(),
   };
   if (result.numel() == 0) return;
-  const auto kernel = kernels().int8_gemm;
+  const auto kernel = kernels().gemm->int8_gemm;
   parallel_for(N, checked_product(op, T, K), [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 

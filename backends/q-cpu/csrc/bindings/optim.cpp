@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "module.h"
+#include "optim.h"
 #include "state.h"
 #include "threads.h"
 
@@ -96,7 +97,7 @@ void adamw_8bit(const py::sequence& params, const py::sequence& grads, const py:
     });
     starts.push_back(starts.back() + blocks);
   }
-  const auto kernel = kernels().adamw_8bit;
+  const auto kernel = kernels().optim->adamw_8bit;
   parallel_for_tensors(starts, blocksize, [&](size_t i, int64_t first, int64_t last) { kernel(tensors[i], rule, first, last); });
 }
 
@@ -124,7 +125,7 @@ void adamw_32bit(const py::sequence& params, const py::sequence& grads, const py
     });
     starts.push_back(starts.back() + numel);
   }
-  const auto kernel = kernels().adamw_32bit;
+  const auto kernel = kernels().optim->adamw_32bit;
   parallel_for_tensors(starts, 1, [&](size_t i, int64_t first, int64_t last) { kernel(tensors[i], rule, first, last); });
 }
 

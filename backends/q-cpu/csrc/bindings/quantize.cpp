@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "module.h"
+#include "quantize.h"
 #include "state.h"
 #include "threads.h"
 
@@ -22,7 +23,7 @@ void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::ha
       TensorView(codes, {op, "codes"}).of(Scalar::u8).sized(in.numel()).data<uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<float>(),
   };
-  const auto kernel = kernels().quantize_blockwise;
+  const auto kernel = kernels().quantize->quantize_blockwise;
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
@@ -46,7 +47,7 @@ void dequantize_blockwise(py::handle codes, py::handle absmax, py::handle code, 
       result.data<void>(),
       result.dtype(),
   };
-  const auto kernel = kernels().dequantize_blockwise;
+  const auto kernel = kernels().quantize->dequantize_blockwise;
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
@@ -63,7 +64,7 @@ void quantize_4bit(py::handle A, int64_t blocksize, const std::string& quant_typ
       TensorView(packed, {op, "packed"}).of(Scalar::u8).sized((in.numel() + 1) / 2).data<uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<float>(),
   };
-  const auto kernel = kernels().quantize_4bit;
+  const auto kernel = kernels().quantize->quantize_4bit;
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
@@ -80,7 +81,7 @@ void dequantize_4bit(py::handle packed, py::handle absmax, int64_t blocksize, co
       result.data<void>(),
       result.dtype(),
   };
-  const auto kernel = kernels().dequantize_4bit;
+  const auto kernel = kernels().quantize->dequantize_4bit;
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
@@ -103,7 +104,7 @@ void quantize_int8_rowwise(py::handle A_TK, double threshold, py::handle q, py::
       scales.data<float>(),
       mask.data<uint8_t>(),
   };
-  const Kernels& k = kernels();
+  const QuantizeKernels& k = *kernels().quantize;
   parallel_for(K, T, [&](int64_t first, int64_t last) { k.find_outlier_columns(args, first, last); });
   parallel_for(T, K, [&](int64_t first, int64_t last) { k.quantize_int8_rowwise(args, first, last); });
 }

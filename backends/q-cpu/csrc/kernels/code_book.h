@@ -1,4 +1,4 @@
-// A code book of up to 256 entries and its nearest-entry search, exact and without branches.
+// Code books, and the nearest-entry search of one of up to 256 entries, exact and without branches.
 //
 // The code of s is the number of midpoints below s. Floats of one sign, exponent and seven leading mantissa bits form a cell; a
 // table gives each cell the number of midpoints below all of it, and at most `steps` midpoints inside the cell are left to compare
@@ -22,6 +22,15 @@ struct CodeBook {
   uint8_t cells[2 * kCellsPerSign];
   int32_t steps;
   uint8_t zero_code;
+};
+
+// A 4-bit code book. The code of a scaled value s is `lowest_code` plus the steps of all midpoints below s.
+struct FourBitBook {
+  float values[16];
+  float midpoints[15];  // ascending, padded with infinity
+  int32_t steps[15];    // difference between the codes on either side of a midpoint
+  int32_t lowest_code;
+  int32_t zero_code;
 };
 
 // Fills `book` from `size` (2…256) ascending entries.

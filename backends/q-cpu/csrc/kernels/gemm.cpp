@@ -119,8 +119,6 @@ inline void dot_tokens(int64_t tokens, const int8_t* const (&a)[kTile], const in
   }
 }
 
-}  // namespace
-
 void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   alignas(64) float panel[kPanelRows][kPanelK];
   alignas(64) Vector sums[kPanelTokens][kPanelRows];
@@ -169,5 +167,10 @@ void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
     }
   }
 }
+
+}  // namespace
+
+extern const GemmKernels gemm_kernels;
+const GemmKernels gemm_kernels = {gemm_4bit, int8_gemm};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

@@ -1,13 +1,39 @@
-// The kernels of gemm.cpp, in the level's namespace.
+// Matrix products with quantized weights. Letters: T tokens, N out features, K in features.
 
 #pragma once
 
+#include "code_book.h"
 #include "kernels.h"
-#include "level.h"
 
-namespace q_cpu::Q_CPU_LEVEL {
+namespace q_cpu {
 
-void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last);
-void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last);
+struct Gemm4bit {
+  const float* x_TK;
+  const uint8_t* packed;
+  const float* absmax;
+  const FourBitBook* book;
+  int64_t blocksize;
+  const float* bias_N;  // or null
+  int64_t T, N, K;
+  void* out_TN;
+  Float dtype;
+};
 
-}  // namespace q_cpu::Q_CPU_LEVEL
+struct Int8Gemm {
+  const int8_t* a_TK;
+  const int8_t* b_NK;
+  const float* a_scale_T;
+  const float* b_scale_N;
+  const float* bias_N;  // or null
+  int64_t T, N, K;
+  void* out_TN;
+  Float dtype;
+};
+
+struct GemmKernels {
+  // Ranges of out features.
+  void (*gemm_4bit)(const Gemm4bit&, int64_t first, int64_t last);
+  void (*int8_gemm)(const Int8Gemm&, int64_t first, int64_t last);
+};
+
+}  // namespace q_cpu

@@ -47,8 +47,6 @@ inline float* load_parameters(void* data, Float dtype, int64_t first, int64_t co
   return destination(data, dtype, first, buffer);
 }
 
-}  // namespace
-
 void adamw_8bit(const AdamW8bit& a, const AdamW& rule, int64_t first, int64_t last) {
   float param_buffer[kMaxBlocksize];
   float grad_buffer[kMaxBlocksize];
@@ -81,5 +79,10 @@ void adamw_32bit(const AdamW32bit& a, const AdamW& rule, int64_t first, int64_t 
     store(param, count, a.param, a.dtype, begin);
   }
 }
+
+}  // namespace
+
+extern const OptimKernels optim_kernels;
+const OptimKernels optim_kernels = {adamw_8bit, adamw_32bit};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

@@ -91,8 +91,6 @@ inline void encode_row(const float* x, int64_t count, float absmax, const uint8_
   }
 }
 
-}  // namespace
-
 void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last) {
   float buffer[kMaxBlocksize];
   for (int64_t block = first; block < last; ++block) {
@@ -170,5 +168,10 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
     }
   }
 }
+
+}  // namespace
+
+extern const QuantizeKernels quantize_kernels;
+const QuantizeKernels quantize_kernels = {quantize_blockwise, dequantize_blockwise, quantize_4bit, dequantize_4bit, find_outlier_columns, quantize_int8_rowwise};
 
 }  // namespace q_cpu::Q_CPU_LEVEL
