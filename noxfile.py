@@ -64,8 +64,9 @@ def types(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """Test every backend that works on this machine against the surface; arguments after ``--`` go to ``q-core conformance``."""
     install_wheels(session, "conformance")
-    for backend in ("reference", "q_cpu"):
-        session.run("q-core", "conformance", "--backend", backend, *session.posargs)
+    session.run("q-core", "conformance", "--backend", "reference", *session.posargs)
+    for level in isa_levels(session):
+        session.run("q-core", "conformance", "--backend", "q_cpu", *session.posargs, env={"Q_CPU_ISA": level})
 
 
 @nox.session
@@ -84,6 +85,32 @@ def bench_dispatch(session: nox.Session) -> None:
     """Measure what a call costs over its bare kernel, beside bitsandbytes; fails above a target; writes build/bench/dispatch.json."""
     install_wheels(session, "bench")
     session.run("q-core", "bench", "--output", str(BUILD / "bench" / "dispatch.json"), "--check", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure every op beside its peers; writes build/bench/cpu.json. With ``-- --page docs/reference/bench-cpu.md``, also that page."""
+    install_wheels(session, "bench")
+    output = BUILD.absolute() / "bench" / "cpu.json"
+    # Freed memory is kept: else each large output, ours or a peer's, costs more in fresh pages than in computing.
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "PYTHONPATH": "integration_tests"}
+    session.run("python", "-m", "benchmarks", "--output", str(output), *session.posargs, env=kept)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run q-cpu's tests, and the suite at every ISA level, on kernels built with the address and undefined-behaviour sanitizers."""
+    install_wheels(session, "tests")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+    built = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags}
+    sources = str(copy_of_sources(Path("backends/q-cpu")))
+    session.install("--no-deps", "--no-cache-dir", "--force-reinstall", "--build-constraint", CONSTRAINTS, sources, env=built)
+    # The interpreter isn't built so: the sanitizer must come first by itself, and what Python never frees isn't a leak.
+    library = session.run("gcc", "-print-file-name=libasan.so", external=True, silent=True)
+    watched = {"LD_PRELOAD": str(library).strip(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    session.run("pytest", "backends/q-cpu/tests", *session.posargs, env=watched)
+    for level in isa_levels(session):
+        session.run("q-core", "conformance", "--backend", "q_cpu", env={**watched, "Q_CPU_ISA": level})
 
 
 @nox.session
@@ -149,6 +176,12 @@ def install_wheels(session: nox.Session, group: str) -> None:
     # pip takes a wheel of the same version for the same wheel, and would keep the old one.
     session.run_install("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
     pip_install(session, "--group", group, *built)
+
+
+def isa_levels(session: nox.Session) -> list[str]:
+    """The levels of q-cpu that this machine can run, from the plainest."""
+    names = session.run("python", "-c", "from q_cpu.runtime import native; print(*native.available_isas())", silent=True)
+    return str(names).split()
 
 
 def third_party_requirements() -> list[str]:

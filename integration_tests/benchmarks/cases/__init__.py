@@ -1,0 +1,18 @@
+"""The cases by family, as the surface has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.case import Case
+from benchmarks.cases import attention, gemm, moe, norm, optim, quantize
+
+FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
+    "quantize": quantize.cases,
+    "gemm": gemm.cases,
+    "optim": optim.cases,
+    "attention": attention.cases,
+    "moe": moe.cases,
+    "norm": norm.cases,
+}
+"""Each yields its cases one by one: the inputs of one are gone before those of the next are made."""

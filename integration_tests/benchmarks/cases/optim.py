@@ -1,0 +1,83 @@
+"""Optimizer steps on 16.8 M parameters, beside torch's fused optimizers and bitsandbytes' 8-bit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes.optim as peer
+import torch
+from torch import Tensor
+
+from benchmarks.case import Call, Case, Target
+from benchmarks.inputs import normal
+from q_core import ops
+from q_core.optimizers import RULES
+
+ELEMENTS = 4096 * 4096
+BLOCKSIZE = 256
+BYTES = {"float32": 4, "bfloat16": 2}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01},
+    "ademamix": {"beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8},
+    "lion": {"beta1": 0.9, "beta2": 0.99},
+    "sgd": {"beta1": 0.9},
+    "rmsprop": {"beta2": 0.99, "eps": 1e-8},
+    "adagrad": {"eps": 1e-10},
+    "lamb": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "lars": {"beta1": 0.9, "trust_coefficient": 0.001, "eps": 1e-8},
+}
+assert SETTINGS.keys() == RULES.keys()
+
+
+def cases() -> Iterator[Case]:
+    gradient = normal(ELEMENTS, scale=1e-3)
+    for name in ("adamw", *(name for name in RULES if name != "adamw")):
+        peers = {f"bitsandbytes {name}": _of(their, gradient) for their in [_theirs(name)] if their is not None}
+        if name == "adamw":
+            fused = {"torch fused AdamW": _of(torch.optim.AdamW, gradient, fused=True)}
+            target = Target(ratio=1 / 1.1, ratio_of_all=1 / 0.75, peers=("torch fused AdamW",))
+        else:
+            fused = {"our adamw": _ours("adamw", gradient, bits=8)}
+            target = Target(ratio=1 / 1.3, peers=("our adamw",))
+        yield Case(
+            f"optimizer_step_8bit [{name}]", "16.8 M", "float32", _ours(name, gradient, bits=8), {**fused, **peers}, target=target
+        )
+    yield Case(
+        "optimizer_step_32bit [adamw]", "16.8 M", "float32", _ours("adamw", gradient, bits=32),
+        {"torch fused AdamW": _of(torch.optim.AdamW, gradient, fused=True)},
+    )  # fmt: skip
+
+
+def _ours(name: str, gradient: Tensor, *, bits: int) -> Call:
+    parameter = normal(gradient.numel())
+    states: dict[str, list[Tensor]] = {}
+    for state in RULES[name].names(SETTINGS[name].get("beta1", 0.0)):
+        if bits == 32:
+            states[state] = [torch.zeros_like(gradient)]
+        else:
+            codes, absmax = ops.quantize_blockwise(torch.zeros_like(gradient), blocksize=BLOCKSIZE)
+            states[state], states[state.replace("state", "absmax")] = [codes], [absmax]
+    step = ops.optimizer_step_8bit if bits == 8 else ops.optimizer_step_32bit
+    taken = 0
+
+    def call(_: int) -> None:
+        nonlocal taken
+        taken += 1
+        step(name, [parameter], [gradient], **states, lr=1e-3, step=taken, **SETTINGS[name])
+
+    return call
+
+
+def _theirs(name: str) -> type[torch.optim.Optimizer] | None:
+    names = {"adam": "Adam8bit", "adamw": "AdamW8bit", "ademamix": "AdEMAMix8bit", "lion": "Lion8bit"}
+    return getattr(peer, names[name]) if name in names else None
+
+
+def _of(optimizer: type[torch.optim.Optimizer], gradient: Tensor, **options: Any) -> Call:
+    parameter = torch.nn.Parameter(normal(gradient.numel()))
+    parameter.grad = gradient
+    stepper = optimizer([parameter], lr=1e-3, **options)  # type: ignore[call-arg]  # the base class has no lr
+    return lambda _: stepper.step()
