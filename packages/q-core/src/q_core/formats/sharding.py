@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -104,6 +104,13 @@ def _pin_memory(func: Any, tensor: QuantizedTensor, device: torch.device | None 
     return map_components(tensor, torch.Tensor.pin_memory)
 
 
+def _cat(func: Any, tensors: Sequence[torch.Tensor], dim: int = 0) -> NoReturn:
+    """How ``DistributedDataParallel`` glues parameters together for its first broadcast."""
+    unsupported(
+        "cat", "isn't defined for a QuantizedTensor (DistributedDataParallel's first broadcast is one: call q_nn.prepare_ddp before it)"
+    )
+
+
 OPERATORS.update(
     {
         aten.new_zeros.default: _new_zeros,
@@ -112,6 +119,7 @@ OPERATORS.update(
         aten.as_strided.default: _as_strided,
         aten.is_pinned.default: _is_pinned,
         aten._pin_memory.default: _pin_memory,
+        aten.cat.default: _cat,
     }
 )
 
