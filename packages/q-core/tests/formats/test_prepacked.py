@@ -208,6 +208,27 @@ def test_a_compiled_module_follows_the_layout(format: WeightFormat) -> None:
         torch.testing.assert_close(compiled(ids, x), expected)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@formats
+def test_export_is_refused_until_the_weight_is_canonical(format: WeightFormat, strict: bool) -> None:
+    model, arguments = Plain(canonical(format).prepack(LAYOUT)), (torch.randint(N, (5,)), torch.randn(5, K))
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match=r"doesn't leave the process; call .unpack\(\)"):
+        torch.export.export(model, arguments, strict=strict)
+    expected = model(*arguments)
+    model.weight = model.weight.unpack()
+    program = copy.deepcopy(torch.export.export(model, arguments, strict=strict))
+    torch.testing.assert_close(program.module()(*arguments), expected)
+
+
+@formats
+def test_a_part_that_is_a_copy_is_not_written_to(format: WeightFormat) -> None:
+    private = canonical(format).prepack(LAYOUT)
+    for part in (private[:4], private[4:8], private.view(-1)):
+        with pytest.raises(ValueError, match=r"copy_: the target is a part of .*copy into the whole weight"):
+            part.copy_(torch.zeros(part.shape))
+    assert_canonical(private.unpack(), canonical(format))
+
+
 def test_layouts_that_nobody_makes() -> None:
     weight = canonical(FourBit())
     with pytest.raises(

@@ -129,6 +129,12 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
         return target.copy_(source.dequantize(), non_blocking)
     if is_dtensor(source):
         raise ValueError("copy_: the source is distributed and the target isn't; copy what source.full_tensor() gives")
+    base = target._base
+    if isinstance(base, QuantizedTensor) and (base.format, base.component_layout) != (target.format, target.component_layout):
+        raise ValueError(
+            f"copy_: the target is a part of {base!r}, decoded in memory of its own, so that the whole wouldn't change; "
+            "copy into the whole weight"
+        )
     if not isinstance(source, QuantizedTensor):
         source = QuantizedTensor.quantize(source.to(target.device), target.format)
     source = _in_layout(source, target.component_layout, target.device)

@@ -251,7 +251,17 @@ class QuantizedTensor(torch.Tensor):
 
 
 def held_components(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """A weight's components as they are, in its own layout."""
+    """A weight's components as they are, in its own layout.
+
+    Raises:
+        ValueError: torch.export is at work on a private layout. A copy of the program, or one that was saved, would hold canonical
+            components, and read them as private ones.
+    """
+    if weight.component_layout != CANONICAL and torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export: a weight is held in the layout {weight.component_layout!r}, which doesn't leave the process; "
+            "call .unpack() on it first"
+        )
     return {name: getattr(weight, name) for name in weight.format.component_names}
 
 

@@ -107,7 +107,8 @@ def _pin_memory(func: Any, tensor: QuantizedTensor, device: torch.device | None 
 def _cat(func: Any, tensors: Sequence[torch.Tensor], dim: int = 0) -> NoReturn:
     """How ``DistributedDataParallel`` glues parameters together for its first broadcast."""
     unsupported(
-        "cat", "isn't defined for a QuantizedTensor (DistributedDataParallel's first broadcast is one: call q_nn.prepare_ddp before it)"
+        "cat",
+        "isn't defined for a QuantizedTensor (DistributedDataParallel's first broadcast is one: call q_nn.prepare_ddp before it)",
     )
 
 
