@@ -10,8 +10,8 @@ from torch import Tensor
 from q_core.record import OpRecord
 from q_core.specs import RECORDS
 from q_core.specs.check import FLOATS
-from q_core.testing.agreement import copy_call, reference_function
-from q_core.testing.calls import Call, activation, calls_with_non_finite_values, sample_calls
+from q_core.testing.agreement import copy_call, reference_function, tensors_of
+from q_core.testing.calls import LAYOUTS, Call, activation, calls_with_non_finite_values, laid_out, sample_calls
 from q_core.testing.standard.applies import only_ops
 from q_core.testing.target import Target
 
@@ -45,6 +45,21 @@ def test_agreement(target: Target) -> None:
     target.finish()
 
 
+def test_layouts(target: Target) -> None:
+    """Arguments may lie anywhere in memory: off alignment, strided, transposed, expanded, as far as the contract allows it.
+
+    Mend: read through strides and the storage offset, or take ``.contiguous()`` of what is only read.
+    """
+    for dtype in FLOATS:
+        for call in sample_calls(target.record, dtype, target.capabilities.device, most=3):
+            for layout in LAYOUTS:
+                laid = laid_out(target.record, call, {name: layout for name in call if tensors_of(call[name])})
+                if target.serves(laid):
+                    messages = target.disagreements(laid)
+                    assert not messages, messages[0]
+    target.finish()
+
+
 def test_non_finite_values(target: Target) -> None:
     """NaN and infinity in the activations reach what depends on them, and nothing else.
 
@@ -62,7 +77,7 @@ def test_non_finite_values(target: Target) -> None:
 
 @only_ops(lambda record: record.name.startswith("quantize_"))
 def test_zero_encodes_to_zero(target: Target) -> None:
-    """What is 0 decodes to exactly 0, in blocks of zeros and among other values.
+    """What is 0, or -0, decodes to exactly 0, in blocks of zeros and among other values.
 
     Mend: take the code book's entry for 0 (in NF4 code 7, in the signed dynamic map 127), and don't divide by an absmax of 0.
     """
@@ -70,11 +85,13 @@ def test_zero_encodes_to_zero(target: Target) -> None:
     def keeps_zeros(call: Call) -> None:
         name = activation(target.record, call)
         assert name is not None
-        values = call[name].clone(memory_format=torch.contiguous_format)
-        values.view(-1)[1::2] = 0
-        outputs = list(target.run(copy_call(call | {name: values})).values())
-        decoded = _decoded(target.record, call | {name: values}, outputs)
-        assert bool((decoded[values == 0] == 0).all()), f"{target.record.name}{call!r}: a zero decodes to another value"
+        for zeros in (slice(1, None, 2), slice(None)):
+            values = call[name].clone(memory_format=torch.contiguous_format)
+            values.view(-1)[zeros] = 0
+            values.view(-1)[1::4] *= -1
+            outputs = list(target.run(copy_call(call | {name: values})).values())
+            decoded = _decoded(target.record, call | {name: values}, outputs)
+            assert bool((decoded[values == 0] == 0).all()), f"{target.record.name}{call!r}: a zero decodes to another value"
 
     target.for_all(keeps_zeros)
     target.finish()
