@@ -119,7 +119,7 @@ FAULTS = (
         "    result = tensor_of(out, x_TK.dtype).reshape(*x_TK.shape[:-1], N)\n"
         "    return pairs.__dict__.setdefault((result.shape, result.dtype), result).copy_(result)",
     ),
-    _gemm("an output in column order", _PRODUCT, _PRODUCT + ".mT.contiguous().mT"),
+    _gemm("an output in column order", _PRODUCT, _PRODUCT + ".movedim(-1, 0).contiguous().movedim(0, -1)"),
     _gemm("NaN is replaced by zero", "x = float_array(x_TK)", "x = np.nan_to_num(float_array(x_TK))"),
     _gemm("the output is float32 whatever x is", "tensor_of(out, x_TK.dtype)", "tensor_of(out, absmax.dtype)"),
     _gemm(

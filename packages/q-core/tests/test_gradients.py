@@ -12,19 +12,25 @@ from torch import Tensor
 from q_core import bound, ops
 from q_core.samples.make import Make
 from q_core.specs import RECORDS, record_of
-from q_core.testing.agreement import reference_function
+from q_core.testing.agreement import reference_function, same_layout
 
-DIFFERENTIABLE = ("x_TK", "w_NK", "bias", "x", "residual", "weight", "q_THD", "k_TGD", "logits_TE", "topk_weights")
+WITH_FORMULA = [op for op, record in RECORDS.items() if record.gradient]
 
 
-@pytest.mark.parametrize("op", [op for op, record in RECORDS.items() if record.gradient])
+def inputs(op: str, call: dict[str, Any]) -> list[str]:
+    gradient = record_of(op).gradient
+    assert gradient is not None
+    return [name for name in gradient.inputs if call[name] is not None]
+
+
+@pytest.mark.parametrize("op", WITH_FORMULA)
 def test_formula_equals_autograd_through_the_reference(op: str) -> None:
     """The reference in float64 is plain torch, which autograd differentiates itself."""
     record = record_of(op)
     for call in record.samples(Make(), torch.float32):
         if call.get("activations") == "int8":  # whose gradient is declared to be the native product's
             continue
-        names = [n for n in DIFFERENTIABLE if isinstance(call.get(n), Tensor) and call[n].is_floating_point()]
+        names = inputs(op, call)
 
         def gradients(function: Any, dtype: torch.dtype, call: dict[str, Any] = call, names: list[str] = names) -> list[Tensor]:
             leaves = {name: call[name].to(dtype).clone().requires_grad_() for name in names}
@@ -39,6 +45,40 @@ def test_formula_equals_autograd_through_the_reference(op: str) -> None:
         for name, a, b in zip(names, got, expected, strict=True):
             assert a.dtype is torch.float32
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{op} {n}: {m}")
+
+
+@pytest.mark.parametrize("op", WITH_FORMULA)
+def test_each_input_has_a_gradient_of_its_own(op: str) -> None:
+    """Frozen inputs beside it change nothing, as in LoRA, where only the activations want one."""
+    record = record_of(op)
+    for call in record.samples(Make(), torch.float32):
+
+        def gradients(*names: str, call: dict[str, Any] = call) -> list[Tensor]:
+            leaves = {name: same_layout(call[name]).requires_grad_() for name in names}
+            result = bound(op)(*(leaves.get(name, call[name]) for name in record.arguments))
+            outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o.requires_grad]
+            return list(torch.autograd.grad([o.square().sum() for o in outputs], list(leaves.values())))
+
+        together = gradients(*inputs(op, call))
+        alone = [gradients(name)[0] for name in inputs(op, call)]
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("op", WITH_FORMULA)
+def test_what_is_no_input_of_the_formula_gets_no_gradient(op: str) -> None:
+    """Scales, tables and frozen experts: refused, or ``None``, never zeros or something made up."""
+    record = record_of(op)
+    for call in record.samples(Make(), torch.float32):
+        others = [n for n, v in call.items() if isinstance(v, Tensor) and v.is_floating_point() and n not in inputs(op, call)]
+        for name in others:
+            leaf = call[name].clone().requires_grad_()
+            try:
+                result = bound(op)(*((call | {name: leaf})[argument] for argument in record.arguments))
+            except RuntimeError as error:
+                assert f"{op} has no gradient to its" in str(error)
+            else:
+                loss = sum(o.sum() for o in (result if isinstance(result, tuple) else (result,)) if o.requires_grad)
+                assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
 
 
 LISTS = ("prepack_weight", "unpack_weight")

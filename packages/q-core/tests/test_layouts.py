@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import q_core
-from q_core import Availability, Backend, BackendError, NoBackendError, impl, ops
-from q_core.layouts import CANONICAL
-from q_core.reference import gemm as reference
-from q_core.testing import family_module, installed_backends
-
-LAYOUT = "acme.backwards"
-
-
-def turn(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).flip(0).view(tensor.shape)
-
-
-def accepts(layout: str) -> str | None:
-    return None if layout == LAYOUT else f"layout {layout!r}, only {LAYOUT}"
+from q_core import Availability, Backend, BackendError, NoBackendError, ops
+from q_core.testing.private_layout import LAYOUT, private_layout
 
 
 @pytest.fixture(autouse=True)
 def acme() -> Iterator[None]:
-    @impl(accepts=accepts)
-    def prepack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> list[Tensor]:
-        return [turn(tensor) for tensor in tensors]
-
-    @impl(accepts=accepts)
-    def unpack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, layout: str) -> list[Tensor]:
-        return [turn(tensor) for tensor in tensors]
-
-    @impl(accepts=accepts)
-    def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-        return reference.gemm(x_TK, turn(w_NK), bias, CANONICAL)
-
-    @impl(accepts=accepts)
-    def gemm_4bit(
-        x_TK: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int],
-        bias: Tensor | None, layout: str,
-    ) -> Tensor:  # fmt: skip
-        return reference.gemm_4bit(x_TK, turn(packed), turn(absmax), blocksize, quant_type, shape, bias, "native", CANONICAL)
-
-    backend = Backend(
-        name="acme", device_types=("cpu",), surface_version=1, priority=100, probe=lambda: Availability(True, ""),
-        families=("acme_layouts",), layouts=(LAYOUT,),
-    )  # fmt: skip
-    with family_module("acme_layouts", prepack_weight, unpack_weight, gemm, gemm_4bit), installed_backends(backend):
+    with private_layout():
         yield
 
 
@@ -71,9 +35,12 @@ def test_products_and_gradients_are_those_of_the_canonical_weight() -> None:
     private = ops.prepack_weight([packed, absmax], format="nf4", shape=(6, 64), layout=LAYOUT)
     (dense,) = ops.prepack_weight([W], format="dense", shape=(6, 64), layout=LAYOUT)
     x = torch.randn(3, 64, requires_grad=True)
+    codes, scale, _ = ops.quantize_int8_rowwise(W)
+    int8 = ops.prepack_weight([codes, scale], format="int8", shape=(6, 64), layout=LAYOUT)
     pairs = [
         (ops.gemm_4bit(x, *private, shape=(6, 64), layout=LAYOUT), ops.gemm_4bit(x, packed, absmax, shape=(6, 64))),
         (ops.gemm(x, dense, layout=LAYOUT), ops.gemm(x, W)),
+        (ops.gemm_int8_weight(x, *int8, layout=LAYOUT), ops.gemm_int8_weight(x, codes, scale)),
     ]
     for got, expected in pairs:
         assert torch.equal(got, expected)
@@ -82,12 +49,11 @@ def test_products_and_gradients_are_those_of_the_canonical_weight() -> None:
 
 
 def test_no_other_backend_touches_a_private_layout() -> None:
+    a, b, scale = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(2, 8, dtype=torch.int8), torch.ones(2)
     with pytest.raises(
-        NoBackendError, match=r"int8_gemm on cpu: .*reference: layout 'acme.backwards' is private to another backend"
+        NoBackendError, match=r"int8_gemm on cpu: .*reference: layout 'nobody\.knows' is private to another backend"
     ):
-        ops.int8_gemm(
-            torch.zeros(1, 8, dtype=torch.int8), torch.zeros(2, 8, dtype=torch.int8), torch.ones(1), torch.ones(2), layout=LAYOUT
-        )
+        ops.int8_gemm(a, b, scale[:1], scale, layout="nobody.knows")
     with pytest.raises(NoBackendError, match=r"layout 'nobody\.knows' is private"):
         ops.prepack_weight([W], format="dense", shape=(6, 64), layout="nobody.knows")
     assert "acme: declines: layout 'canonical', only acme.backwards" in str(q_core.explain("gemm"))

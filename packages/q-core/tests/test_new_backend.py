@@ -62,6 +62,15 @@ def test_a_name_that_nothing_can_have_is_refused(name: str, tmp_path: Path) -> N
     assert not (tmp_path / "package").exists()
 
 
+@pytest.mark.parametrize("name", ["torch", "q-core", "reference"])
+def test_a_name_that_is_taken_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"new-backend: name is .*, expected another one: a module or a backend .* is there already"
+    ):
+        generate(name, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
 @pytest.mark.parametrize("device", ["cuda:0", "", "CPU", '"'])
 def test_a_device_that_is_no_type_is_refused(device: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"new-backend: device is .*, expected a torch device type without an index"):

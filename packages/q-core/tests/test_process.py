@@ -83,6 +83,19 @@ def test_help_does_not_wait_for_torch() -> None:
     assert elapsed < 5, "far above what it takes, for a busy machine"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes of a shell")
+def test_a_reader_that_has_enough_is_no_fault() -> None:
+    done = subprocess.run(
+        f"'{sys.executable}' -m q_core.cli ops --json | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "[\n" and not done.stderr
+
+
 @pytest.mark.parametrize("threads", [8])
 def test_first_calls_from_many_threads_load_the_registry_once(threads: int) -> None:
     code = f"""

@@ -82,6 +82,18 @@ def test_parameters_on_meta_come_alive(make_llama: MakeLlama, ids: Tensor, tmp_p
     assert other.lm_head.weight is other.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+def test_the_models_dtype_wins(make_llama: MakeLlama, tmp_path: Path, config: QConfig) -> None:
+    model = make_llama(dtype=torch.bfloat16)
+    quantize(model, config)
+    save_pretrained(model, tmp_path)
+    other = make_llama(dtype=torch.float32, seed=1)
+    load_into(other, tmp_path)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float32}
+    for ours, theirs in zip(other.parameters(), model.float().parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_config_says_what_was_done(make_llama: MakeLlama, tmp_path: Path) -> None:
     model = make_llama(dtype=torch.bfloat16)
     quantize(model, QConfig(skip=("lm_head", "0.mlp.up_proj")))

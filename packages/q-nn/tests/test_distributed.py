@@ -35,11 +35,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.sharding import local_shard
+from q_core.layouts import CANONICAL
+from q_core.testing.private_layout import LAYOUT, private_layout
 from q_nn import (
     Linear8bitLt,
     LinearNF4,
@@ -47,8 +50,12 @@ from q_nn import (
     LoRALinear,
     QConfig,
     add_lora,
+    load_into,
+    merge_lora,
     prepare,
+    prepare_ddp,
     quantize,
+    replace_linears,
     save_pretrained,
     weight_bytes,
 )
@@ -333,6 +340,124 @@ def test_compiled() -> None:
     model(x).sum().backward()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@formats
+@on_two_ranks
+def test_reshard_to_a_number_of_ranks(format: str, ranks: int) -> None:
+    x, target = torch.randn(8, 64), torch.randn(8, 64)
+    single, model = make_model(format), shard(make_model(format), reshard_after_forward=ranks)
+    expected = train(single, x, target)
+    losses = torch.stack(train(model, own_half(x), own_half(target)))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, torch.stack(expected))
+
+
+@formats
+@on_two_ranks
+def test_a_private_layout_is_given_up_to_shard(format: str) -> None:
+    x = torch.randn(4, 64)
+    with private_layout():
+        layer = make_linear(format, nn.Linear(64, 64))
+        expected, dense = layer(x), weights(layer)[0].dequantize()
+        layer.weight = layer.weight.prepack(LAYOUT)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        own = local_shard(layer.weight)
+        assert own is not None
+        assert own.component_layout == CANONICAL
+        assert torch.equal(layer(x), expected)
+    layer.reshard()  # type: ignore[attr-defined]
+    assert torch.equal(weights(layer)[0].dequantize(), dense)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@on_two_ranks
+def test_what_needs_a_whole_model_is_refused(tmp_path: Path, gathered: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    adapted, bare = make_model("nf4"), make_model("nf4", lora=False)
+    before = copy.deepcopy(adapted.state_dict())
+    for model in (adapted, bare):
+        fully_shard(model, mesh=mesh, reshard_after_forward=not gathered)
+        model(torch.randn(3, 64))
+    for call, words in (
+        (lambda: merge_lora(adapted), r"merge_lora: the model is sharded.*full_state_dict=True into one, and merge there"),
+        (lambda: adapted[0].merged(), r"LoRALinear.merged: .*is sharded.*full_state_dict"),
+        (lambda: add_lora(bare, LoRAConfig()), r"add_lora: the model is sharded.*before fully_shard"),
+        (lambda: quantize(bare, QConfig()), r"quantize: the model is sharded.*before fully_shard"),
+        (lambda: load_into(bare, tmp_path), r"load_into: the model is sharded.*before fully_shard"),
+        (lambda: replace_linears(bare, {"load_in_4bit": True}), r"replace_linears: the model is sharded.*before fully_shard"),
+        (lambda: prepare_ddp(adapted), r"prepare_ddp: the model is sharded"),
+    ):
+        if gathered and "merged" in words:
+            continue  # a child of what is sharded, whose own parameters a forward left whole
+        with pytest.raises(ValueError, match=words):
+            call()
+
+    options = StateDictOptions(full_state_dict=True)
+    whole = make_model("nf4", seed=1)
+    whole.load_state_dict(get_model_state_dict(adapted, options=options))  # the way out that the message names
+    assert list(whole.state_dict()) == list(before)
+    merge_lora(whole)
+    single = make_model("nf4")
+    merge_lora(single)
+    assert_same_weights(whole, single)
+
+
+# --- DistributedDataParallel ----------------------------------------------------------------------------------------------
+
+
+@formats
+@on_two_ranks
+def test_ddp_training_equals_the_single_process(format: str) -> None:
+    x, target = torch.randn(8, 64), torch.randn(8, 64)
+    single = make_model(format)
+    expected = train(single, x, target)
+    model = make_model(format, seed=dist.get_rank())  # the second rank's is another model, until it gets the first one's
+    ddp = DistributedDataParallel(prepare_ddp(model))
+    losses = torch.stack(train(ddp, own_half(x), own_half(target)))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, torch.stack(expected))
+    for ours, theirs in zip(weights(model), weights(single), strict=True):
+        assert torch.equal(ours.dequantize(), theirs.dequantize())
+    for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours, theirs)
+
+
+@formats
+@on_two_ranks
+def test_ddp_sends_weights_whatever_their_layout(format: str) -> None:
+    rank, x = dist.get_rank(), torch.randn(3, 64)
+    with private_layout():
+        first = make_model(format, lora=False)
+        model = make_model(format, seed=rank, lora=False)
+        for layer in (model[0], model[2]):
+            layer.weight = layer.weight.prepack(LAYOUT)
+            if rank == 0:  # in the same format then: double-quantized scales are decoded
+                layer.weight = layer.weight.unpack()
+        prepare_ddp(model)
+        assert torch.equal(model[2].weight.dequantize(), first[2].weight.dequantize())
+        assert model[0].weight.component_layout == (CANONICAL if rank == 0 else LAYOUT)
+        assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "2.weight"]
+        model[0].bias = first[0].bias  # which DDP itself sends
+        assert torch.equal(model(x), first(x))
+
+
+@formats
+@on_two_ranks
+def test_ddp_without_preparation_says_what_to_do(format: str) -> None:
+    with pytest.raises(ValueError, match=r"DistributedDataParallel's first broadcast is one: call q_nn\.prepare_ddp"):
+        DistributedDataParallel(make_model(format))
+    synced = DistributedDataParallel(make_model(format), init_sync=False)
+    synced(torch.randn(3, 64)).sum().backward()
+
+
+@on_two_ranks
+def test_ddp_of_different_models_is_refused_by_both() -> None:
+    model = make_model("nf4" if dist.get_rank() == 0 else "int8")
+    with pytest.raises(ValueError, match=r"0.base_layer.weight is Int8Rows\(\) \[128, 64\] on rank 1 and FourBit.* on rank 0"):
+        prepare_ddp(model)
+
+
 # --- what can't be divided ------------------------------------------------------------------------------------------------
 
 
@@ -599,6 +724,20 @@ def test_get_and_set_model_state_dict_without_processes(format: str) -> None:
     assert list(state) == list(source.state_dict())
     set_model_state_dict(target, state)
     assert_same_weights(target, source)
+
+
+def test_reshard_to_fewer_ranks_is_refused_by_torch() -> None:
+    """Between one rank and all of them, it takes parameters of one piece only. No four processes are needed to see it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        for format in FORMATS:
+            model = shard(make_model(format), init_device_mesh("cpu", (4,)), reshard_after_forward=2)
+            with pytest.raises((AssertionError, NotImplementedError)):
+                model(torch.randn(3, 64))
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -132,13 +132,30 @@ def test_dense_weights_are_quantized_as_they_load(make: Make) -> None:
     assert isinstance(layer.weight, QuantizedTensor)
 
 
-def test_a_checkpoint_brings_its_own_blocksize_and_dtype() -> None:
-    source = LinearNF4(128, 64, dtype=torch.bfloat16, blocksize=128, double_quant=False)
+def test_a_checkpoint_brings_its_own_blocksize() -> None:
+    source = LinearNF4(128, 64, blocksize=128, double_quant=False)
     target = LinearNF4(128, 64)
     target.load_state_dict(source.state_dict())
     assert isinstance(target.weight, QuantizedTensor)
     assert target.weight.format == FourBit("nf4", 128)
     assert torch.equal(dequantized(target), dequantized(source))
+
+
+@pytest.mark.parametrize("into", ["same format", "other format", "dense"])
+@layers
+def test_loading_keeps_the_modules_dtype_and_assigning_takes_the_checkpoints(make: Make, into: str) -> None:
+    """As torch does with any parameter."""
+    source = make(128, 64, dtype=torch.bfloat16)
+    if into == "other format" and isinstance(source.weight.format, FourBit):
+        source = type(source).from_linear(nn.Linear(128, 64, dtype=torch.bfloat16), blocksize=128)
+    state = source.state_dict()
+    for assign in (False, True):
+        target = prepare(nn.Linear(128, 64)) if into == "dense" else make(128, 64)
+        target.load_state_dict(state, assign=assign)
+        took = assign and "weight_format" not in state  # of an int8 weight no checkpoint says the dtype
+        assert target.weight.dtype == (torch.bfloat16 if took else torch.float32)
+        assert target.bias.dtype == (torch.bfloat16 if assign else torch.float32)
+        assert torch.equal(dequantized(target).bfloat16(), dequantized(source))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ class Backend:
             raise BackendError(f"backend name {self.name!r} is not a Python identifier, such as 'q_cpu'")
         if self.priority <= REFERENCE_PRIORITY and self.name != "reference":
             raise BackendError(f"backend {self.name!r} has priority {self.priority}; backends have 0 or more")
+        for field in ("device_types", "families", "layouts"):
+            if isinstance(getattr(self, field), str):
+                raise BackendError(f"backend {self.name!r} has {field} {getattr(self, field)!r}, expected a tuple of strings")
+        if self.device_types is not None and not self.device_types:
+            raise BackendError(f"backend {self.name!r} has no device_types, expected some, such as ('cpu',), or None for all")
         for layout in self.layouts:
             if not layout.startswith(f"{self.name}."):
                 raise BackendError(f"backend {self.name!r} has a layout {layout!r}; its layouts are named '{self.name}.<name>'")

@@ -3,7 +3,7 @@
 For each op and dispatch key a *trampoline* is registered with ``torch.library``; its code is the compiled chain of the implementations
 that may serve there. What each layer does, from the caller inwards:
 
-1. Autocast key: casts activations and bias of the ops that say so.
+1. Autocast key: casts activations and bias of the ops that say so, and lets autocast change nothing inside of any.
 2. Autograd key: one handwritten kernel an op (a third of the cost of ``register_autograd``): records the formula of the op's record, or
    a backward that raises, where a gradient is asked for.
 3. Device key: the trampoline calls the first implementation that accepts the call, and bumps the version counters of what is mutated.
@@ -81,9 +81,8 @@ def _define(record: OpRecord) -> None:
     torch.library.register_fake(f"q::{record.name}", record.fake, lib=LIBRARY)
     kernel = autograd_kernel(record, op, {key: trampoline.function for key, trampoline in by_key.items()})
     LIBRARY.impl(record.name, kernel, "Autograd", with_keyset=True)
-    if record.autocast:
-        for device_type, key in DISPATCH_KEYS.items():
-            LIBRARY.impl(record.name, _autocast_kernel(record, device_type, op), f"Autocast{key}")
+    for device_type, key in DISPATCH_KEYS.items():
+        LIBRARY.impl(record.name, _autocast_kernel(record, device_type, op), f"Autocast{key}")
 
 
 for _record in RECORDS.values():

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from q_core.backend import BackendError
 from q_core.chain import decline_reason
 from q_core.record import OpRecord
-from q_core.registry import LoadedBackend, registry
+from q_core.registry import Implementation, LoadedBackend, registry
 from q_core.samples.make import Make
 from q_core.specs import record_of
 
@@ -67,6 +68,20 @@ def _why_absent(loaded: LoadedBackend, op: str, device_type: str) -> str:
     return "it is not selected (Q_BACKENDS or use_backends)"
 
 
+def _verdict(implementation: Implementation, record: OpRecord, call: dict[str, Any]) -> Verdict:
+    backend = implementation.backend.name
+    try:
+        reason = decline_reason(implementation, record, call)
+    except Exception as error:
+        raise BackendError(
+            f"{backend}: the predicate of {record.name} raised {type(error).__name__}: {error}; expected None or a reason in words. "
+            "It may ask for shapes, strides, dtypes and settings, not for values."
+        ) from error
+    if reason is not None and not (isinstance(reason, str) and reason.strip()):
+        raise BackendError(f"{backend}: the predicate of {record.name} returned {reason!r}, expected None or a reason in words.")
+    return Verdict(backend, reason)
+
+
 def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> Explanation:
     """Tell who would serve an op and why each other backend declines.
 
@@ -78,6 +93,11 @@ def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
 
     Returns:
         The explanation; ``print`` it.
+
+    Raises:
+        ValueError: there is no such op, argument or device.
+        BackendConflictError: two backends of equal priority serve the op there.
+        BackendError: a predicate raised, or gave neither ``None`` nor a reason.
     """
     record = record_of(op)
     for name in arguments:
@@ -89,7 +109,7 @@ def explain(op: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
         raise ValueError(f"explain: device is {device!r}, expected one that torch knows: {error}") from None
     call = _sample(record, dtype) | arguments
     chain = registry().chain(op, device_type)
-    asked = [Verdict(i.backend.name, decline_reason(i, record, call)) for i in chain]
+    asked = [_verdict(implementation, record, call) for implementation in chain]
     in_chain = {verdict.backend for verdict in asked}
     absent = [
         Verdict(loaded.name, _why_absent(loaded, op, device_type)) for loaded in registry().backends if loaded.name not in in_chain

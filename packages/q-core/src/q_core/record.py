@@ -35,10 +35,12 @@ class Gradient:
     Attributes:
         save: called after the forward with the context, the op's arguments and its output.
         backward: from the context and the gradients of the outputs to one gradient an argument, or ``None``.
+        inputs: arguments that there is a gradient to.
     """
 
     save: Callable[[Any, tuple[Any, ...], Any], None]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

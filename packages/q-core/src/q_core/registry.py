@@ -191,6 +191,16 @@ class Registry:
                 raise ValueError(f"backend {name!r} is {by_name[name].state}: {by_name[name].reason}")
         return chosen
 
+    def layouts(self) -> list[str]:
+        """The private weight layouts of the backends that may serve."""
+        return [
+            layout
+            for loaded in self.backends
+            if loaded.state == "available" and loaded.backend is not None
+            if self.selected is None or loaded.name in self.selected
+            for layout in loaded.backend.layouts
+        ]
+
     def chain(self, op: str, device_type: str) -> list[Implementation]:
         """Who is asked, in order.
 

@@ -184,6 +184,22 @@ def test_rows(format: WeightFormat) -> None:
 
 
 @formats
+def test_rows_share_memory_or_are_not_written_to(format: WeightFormat) -> None:
+    """Rows of a double-quantized weight hold decoded scales of their own."""
+    weight, new = make(format), torch.randn(16, 128)
+    before, rows = weight.dequantize(), weight[16:32]
+    if format.derives:
+        with pytest.raises(ValueError, match=r"copy_: the target is a part of .*copy into the whole weight"):
+            rows.copy_(new)
+        assert torch.equal(weight.dequantize(), before)
+        return
+    rows.copy_(new)
+    assert torch.equal(weight[16:32].dequantize(), QuantizedTensor.quantize(new, format).dequantize())
+    assert torch.equal(weight[:16].dequantize(), before[:16])
+    assert torch.equal(weight[32:].dequantize(), before[32:])
+
+
+@formats
 def test_flat_view(format: WeightFormat) -> None:
     weight = make(format)
     flat = weight.view(-1)

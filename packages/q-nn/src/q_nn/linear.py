@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from q_core.formats.codebooks import FourBitType
 from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
-from q_core.formats.quantized_tensor import QuantizedTensor, resolve
+from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.quantized_tensor import linear as product
 from q_core.formats.sharding import local_shard
 from q_core.formats.weight_format import WeightFormat
 from q_nn.int8_matmul import int8_matmul
@@ -85,9 +86,7 @@ class QuantizedLinear(nn.Linear):
         """Multiply: [..., in_features] of float32, bfloat16 or float16 to [..., out_features] of the same dtype."""
         # Not F.linear: going through the tensor subclass, and asking it for its shape, costs more than the op's own dispatch.
         weight: Any = self.weight
-        shape = (self.out_features, self.in_features)
-        result: Tensor = weight.format.linear(input, resolve(weight), shape, self._bias_for(input.dtype))
-        return result
+        return product(input, weight, (self.out_features, self.in_features), self._bias_for(input.dtype))
 
 
 class Linear4bit(QuantizedLinear):
@@ -244,7 +243,7 @@ class Linear8bitLt(QuantizedLinear):
         if self._activations == "native":
             return super().forward(input)
         weight: Any = self.weight
-        return int8_matmul(input, weight.codes, weight.absmax, self.bias)
+        return int8_matmul(input, weight.codes, weight.absmax, self.bias, weight.component_layout)
 
 
 def _four_bit(quant_type: FourBitType, blocksize: int, double_quant: bool) -> FourBit:

@@ -18,6 +18,7 @@ from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
 from q_nn.replace import plan_replacements
 from q_nn.save import CONFIG, INDEX, WEIGHTS
+from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import accepts
 
 _NAMED_IN_ERRORS = 5
@@ -35,9 +36,10 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what its name says, or keys, shapes or formats don't fit the model; the message names them, and
-            nothing is changed.
+        ValueError: a file is not what its name says, or keys, shapes or formats don't fit the model, or the model is sharded; the message
+            names them, and nothing is changed.
     """
+    refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = _read_json(source / CONFIG)
     swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}
@@ -101,6 +103,7 @@ def _value(key: str, slot: Slot, state: dict[str, Tensor]) -> Tensor:
         assert isinstance(value, QuantizedTensor)
         if not accepts(module, value.format):
             raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
+        value = value.to(target.dtype)
     elif flat_keys(key, state):
         raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
     else:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.layers import replace_module
+from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
+
+_MERGE_WHOLE = "load what torch's get_model_state_dict gives with full_state_dict=True into one, and merge there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the adapters added to its weight, in the weight's own format, quantized again if it was."""
+        """The base layer with the adapters added to its weight, in the weight's own format, quantized again if it was.
+
+        Raises:
+            ValueError: the layer is sharded.
+        """
+        refuse_sharded("LoRALinear.merged", self, _MERGE_WHOLE)
         weight = self.base_layer.weight
         update = (self.lora_B.weight @ self.lora_A.weight) * self.scaling
         dense = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
@@ -121,8 +129,10 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[nn.Parameter]:
         The parameters to train, for an optimizer.
 
     Raises:
-        ValueError: nothing in the model is meant, or something tied is, or it has adapters already; nothing is changed then.
+        ValueError: nothing in the model is meant, or something tied is, or it has adapters already, or it is sharded; nothing is changed
+            then.
     """
+    refuse_sharded("add_lora", model, "add adapters before fully_shard, so that it shards them too")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("add_lora: the model has adapters already; merge_lora(model) first")
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -156,8 +166,9 @@ def merge_lora(model: nn.Module) -> None:
         model: mutated. It stays frozen.
 
     Raises:
-        ValueError: the model has no adapters, or an adapter isn't finite; nothing is changed then.
+        ValueError: the model has no adapters, or an adapter isn't finite, or the model is sharded; nothing is changed then.
     """
+    refuse_sharded("merge_lora", model, _MERGE_WHOLE)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not adapted:
         raise ValueError("merge_lora: the model has no adapters, expected what add_lora made")

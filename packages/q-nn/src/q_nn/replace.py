@@ -12,6 +12,7 @@ from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
 from q_nn.linear import Linear8bitLt
 from q_nn.patterns import matching
+from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
 
 
@@ -32,8 +33,9 @@ def replace_linears(
         Names of the layers that were swapped.
 
     Raises:
-        ValueError, TypeError: a setting is unknown or not supported; nothing is changed then.
+        ValueError, TypeError: a setting is unknown or not supported, or the model is sharded; nothing is changed then.
     """
+    refuse_sharded("replace_linears", model, "replace layers before fully_shard")
     chosen = plan_replacements(model, BitsAndBytesConfig.from_dict(quantization_config), linear_types)
     for old, new in chosen.values():
         replace_module(model, old, new)

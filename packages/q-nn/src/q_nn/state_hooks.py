@@ -6,7 +6,8 @@ hooks; a plain module that is to *load* a quantized checkpoint needs :func:`prep
 Of a model that ``fully_shard`` sharded, the state dict holds DTensors. ``torch.distributed.checkpoint`` saves, reshards and loads it, and
 so do its ``get_model_state_dict`` and ``set_model_state_dict``; only ``broadcast_from_rank0`` is refused, because there torch hands the
 other ranks no more than the parameters' own keys. Double-quantized scales are sharded as plain ones, under the keys of plain ones: a model
-to load such a checkpoint into from files is quantized without double quantization.
+to load such a checkpoint into from files is quantized without double quantization. (``reshard_after_forward`` is True, False, 1 or the
+number of all ranks: for numbers in between torch takes parameters of one piece only, and raises at the first forward.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.sharded_checkpoint import from_flat_sharded, quantize_sharded, to_flat_sharded
 from q_core.formats.sharding import is_dtensor, local_shard
 from q_core.formats.weight_format import WeightFormat
+from q_core.layouts import CANONICAL
 
 Module = TypeVar("Module", bound=nn.Module)
 _INSTALLED = "_q_state_hooks"
@@ -133,11 +135,13 @@ def _read_sharded(key: str, target: Tensor, state: dict[str, Any]) -> Tensor | N
 
 
 def _target_for(loaded: QuantizedTensor, target: Tensor) -> nn.Parameter:
-    """A frozen parameter on the old one's device that what was loaded can be copied into, or assigned in place of."""
-    if isinstance(target, QuantizedTensor) and (target.format, target.dtype) == (loaded.format, loaded.dtype):
-        assert isinstance(target, nn.Parameter)
-        return target
-    return nn.Parameter(torch.empty_like(loaded, device=target.device), requires_grad=False)
+    """A frozen parameter, of the old one's dtype and device, that what was loaded can be copied into or assigned in place of."""
+    if isinstance(target, QuantizedTensor):
+        prepacked = target.component_layout != CANONICAL  # and so with its scales decoded, as copying into it does too
+        if target.format == (loaded.format.resolved_format if prepacked else loaded.format):
+            assert isinstance(target, nn.Parameter)
+            return target
+    return nn.Parameter(torch.empty_like(loaded, dtype=target.dtype, device=target.device), requires_grad=False)
 
 
 class _AnyKey:

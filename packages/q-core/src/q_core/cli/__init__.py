@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+from q_core import __version__
 
 COMMANDS = ("doctor", "ops", "explain", "conformance", "bench", "new-backend")
 """Subcommands in the order of the help; ``new-backend`` is the module ``new_backend``."""
@@ -18,6 +21,7 @@ COMMANDS = ("doctor", "ops", "explain", "conformance", "bench", "new-backend")
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     command = argparse.ArgumentParser(prog="q-core", description="Look at the op surface and its backends, test and measure them.")
+    command.add_argument("--version", action="version", version=f"q-core {__version__}")
     subcommands = command.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"q_core.cli.{name.replace('-', '_')}")
@@ -32,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-    except (ValueError, FileExistsError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `q-core ops | head` has read enough; what is left would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
         print(f"q-core: {error}", file=sys.stderr)
         return 2
     return code

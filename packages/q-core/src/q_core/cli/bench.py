@@ -6,14 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
-from q_core.cli.options import add_json
+from q_core.cli.options import add_json, positive
 
 HELP = "measure the cost of a call over its bare kernel, next to bitsandbytes' where that is installed"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--repeats", type=int, default=80, help="measurements, of which the best counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=positive, default=80, help="measurements, of which the best counts (default: %(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
     add_json(parser)
 

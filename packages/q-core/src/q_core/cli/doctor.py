@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from typing import Any
 
 from q_core.cli.options import add_device, add_json
 
-HELP = "what is installed, what is available, who serves which op; exit code 1 if a backend is broken"
+HELP = "what is installed, what is available, who serves which op; exit code 1 if a backend is broken or two are in conflict"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def report(device: str) -> dict[str, Any]:
     import torch
 
     from q_core import __version__
-    from q_core.backend import SURFACE_VERSION, BackendConflictError
+    from q_core.backend import SURFACE_VERSION, BackendError
     from q_core.explanation import explain
     from q_core.registry import registry
     from q_core.specs import RECORDS
@@ -41,11 +42,20 @@ def report(device: str) -> dict[str, Any]:
         for loaded in registry().backends
     ]
     ops: dict[str, str] = {}
+    declined: dict[str, dict[str, str]] = {}
+    faults: dict[str, str] = {}
     for op in RECORDS:
         try:
-            ops[op] = explain(op, device=device).served_by or "nobody"
-        except BackendConflictError as conflict:
-            ops[op] = f"conflict: {conflict}"
+            explanation = explain(op, device=device)
+        except BackendError as fault:
+            ops[op], faults[op] = "nobody", str(fault)
+            continue
+        ops[op] = explanation.served_by or "nobody"
+        implementing = {loaded.name for loaded in registry().backends if op in loaded.implementations}
+        asked_first = itertools.takewhile(lambda verdict: verdict.reason is not None, explanation.verdicts)
+        reasons = {verdict.backend: verdict.reason or "" for verdict in asked_first if verdict.backend in implementing}
+        if reasons:
+            declined[op] = reasons
     return {
         "q_core": __version__,
         "surface_version": SURFACE_VERSION,
@@ -54,6 +64,8 @@ def report(device: str) -> dict[str, Any]:
         "device": device,
         "backends": backends,
         "ops": ops,
+        "declined": declined,
+        "faults": faults,
     }
 
 
@@ -69,10 +81,12 @@ def _print(report: dict[str, Any]) -> None:
             print(f"      {backend['summary']}; {len(backend['ops'])} ops here")
         if backend["traceback"]:
             print("      " + backend["traceback"].rstrip().replace("\n", "\n      "))
-    print(f"\nOps on {report['device']}")
+    print(f"\nOps on {report['device']}: who serves a sample call; `q-core explain OP` tells more")
     width = max(map(len, report["ops"]))
     for op, served_by in report["ops"].items():
-        print(f"  {op:<{width}}  {served_by}")
+        reasons = [f"{backend} declines: {reason}" for backend, reason in report["declined"].get(op, {}).items()]
+        said = [report["faults"][op]] if op in report["faults"] else reasons
+        print(f"  {op:<{width}}  {served_by}" + (f" ({'; '.join(said)})" if said else ""))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,4 +95,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         _print(found)
-    return 1 if any(backend["state"] in ("failed", "refused") for backend in found["backends"]) else 0
+    broken = any(backend["state"] in ("failed", "refused") for backend in found["backends"])
+    return 1 if broken or found["faults"] else 0

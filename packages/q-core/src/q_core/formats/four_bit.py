@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class FourBit(WeightFormat):
             dtype=dtype,
         )
 
-    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
         return ops.gemm_4bit(
             x_TK,
             resolved["packed"],
@@ -107,6 +108,7 @@ class FourBit(WeightFormat):
             blocksize=self.blocksize,
             quant_type=self.quant_type,
             bias=bias,
+            layout=layout,
         )
 
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -121,6 +123,10 @@ class FourBit(WeightFormat):
             (*ids.shape, K),
             dtype,
         )
+
+    @property
+    def prepack_arguments(self) -> Mapping[str, Any]:
+        return {"format": self.quant_type, "blocksize": self.blocksize}
 
     def check_cut(self, shape: Sequence[int], row: int) -> None:
         if row != shape[0] and row * math.prod(shape[1:]) % self.blocksize:

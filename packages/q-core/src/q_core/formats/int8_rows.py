@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,15 @@ class Int8Rows(WeightFormat):
     def dequantize(self, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return _decode(resolved["codes"], resolved["absmax"], dtype).view(tuple(shape))
 
-    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-        return ops.gemm_int8_weight(x_TK, resolved["codes"], resolved["absmax"], bias=bias)
+    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
+        return ops.gemm_int8_weight(x_TK, resolved["codes"], resolved["absmax"], bias=bias, layout=layout)
 
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return _decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
+
+    @property
+    def prepack_arguments(self) -> Mapping[str, Any]:
+        return {"format": "int8"}
 
     def check_cut(self, shape: Sequence[int], row: int) -> None:
         if len(shape) != 2:

@@ -13,8 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from q_core.formats.quantized_tensor import FUNCTIONS, OPERATORS, QuantizedTensor, map_components, resolve, unsupported
+from q_core.formats.quantized_tensor import (
+    FUNCTIONS,
+    OPERATORS,
+    QuantizedTensor,
+    alias,
+    check_dtype,
+    held_components,
+    linear,
+    map_components,
+    resolve,
+    unsupported,
+)
 from q_core.formats.sharding import is_dtensor
+from q_core.layouts import CANONICAL
 
 aten = torch.ops.aten
 
@@ -29,7 +41,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise ValueError(
             f"torch.nn.functional.linear: the quantized weight has shape {list(weight.shape)}, expected two axes [N, K]"
         )
-    return weight.format.linear(input, resolve(weight), weight.shape, bias)
+    return linear(input, weight, weight.shape, bias)
 
 
 def _embedding(
@@ -72,7 +84,7 @@ FUNCTIONS.update(
 
 
 def _alias(func: Any, tensor: QuantizedTensor) -> Any:
-    return return_and_correct_aliasing(func, (tensor,), {}, map_components(tensor, func))
+    return return_and_correct_aliasing(func, (tensor,), {}, alias(tensor))
 
 
 def _clone(func: Any, tensor: QuantizedTensor, *, memory_format: object = None) -> QuantizedTensor:
@@ -103,7 +115,10 @@ def _empty_like(
     pin_memory: bool | None = None,
     memory_format: object = None,
 ) -> QuantizedTensor:
-    return map_components(tensor, lambda t: torch.empty_like(t, device=device or t.device), dtype=dtype)
+    dtype = dtype or tensor.dtype
+    check_dtype("torch.empty_like: dtype", dtype)
+    components = {name: torch.empty_like(part, device=device or part.device) for name, part in held_components(tensor).items()}
+    return QuantizedTensor(components, tensor.format, tensor.shape, dtype)
 
 
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -114,16 +129,31 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
         return target.copy_(source.dequantize(), non_blocking)
     if is_dtensor(source):
         raise ValueError("copy_: the source is distributed and the target isn't; copy what source.full_tensor() gives")
+    base = target._base
+    if isinstance(base, QuantizedTensor) and (base.format, base.component_layout) != (target.format, target.component_layout):
+        raise ValueError(
+            f"copy_: the target is a part of {base!r}, decoded in memory of its own, so that the whole wouldn't change; "
+            "copy into the whole weight"
+        )
     if not isinstance(source, QuantizedTensor):
         source = QuantizedTensor.quantize(source.to(target.device), target.format)
+    source = _in_layout(source, target.component_layout, target.device)
     if source.format != target.format:
         raise ValueError(
             f"copy_: the source is held as {source.format}, expected {target.format}; call .dequantize() on the source"
         )
-    for name, component in target.components.items():
+    for name, component in held_components(target).items():
         component.copy_(getattr(source, name), non_blocking)
     target._resolved = None
     return target
+
+
+def _in_layout(source: QuantizedTensor, layout: str, device: torch.device) -> QuantizedTensor:
+    if source.component_layout == layout:
+        return source
+    if layout == CANONICAL:
+        return source.unpack()
+    return map_components(source, lambda part: part.to(device)).prepack(layout)
 
 
 def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
@@ -139,7 +169,7 @@ def _slice(
     if step != 1 or (dim % tensor.ndim and (first, last) != (0, size)):
         unsupported("slice", "takes whole rows of a QuantizedTensor only, with step 1 along the first axis")
     whole = (first, last) == (0, size)
-    result = map_components(tensor, aten.alias.default) if whole else _rows(tensor, first, max(first, last))
+    result = alias(tensor) if whole else _rows(tensor, first, max(first, last))
     return return_and_correct_aliasing(func, (tensor, dim, start, end, step), {}, result)
 
 

@@ -4,6 +4,10 @@
 tensors, and defines the handful of operations that make sense on them. So a plain ``nn.Linear`` or ``nn.Embedding`` works with one as
 its weight, and ``.to``, ``copy``, ``pickle``, ``state_dict``, torch.compile and export do what they do with any parameter. Everything
 else raises, and says to call ``.dequantize()``.
+
+The components may be held in a backend's private layout (:meth:`QuantizedTensor.prepack`), which only that backend's products can read.
+Nothing else ever sees it: :func:`canonical_components` is what all the rest goes through, so that copies, casts, moves, pickles, state
+dicts and shards are in the canonical layout.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 from q_core.formats.four_bit import FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
+from q_core.layouts import CANONICAL
 from q_core.specs.check import short
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -35,19 +40,27 @@ class QuantizedTensor(torch.Tensor):
     Attributes:
         format: how the weight is held.
         shape, dtype: of the weight it decodes to.
-        components: the component tensors by name; each is an attribute too (``weight.absmax``).
+        component_layout: that the component tensors are held in: ``q_core.layouts.CANONICAL``, or a backend's own. As they are held, they
+            are attributes, such as ``weight.absmax``. (Tensors have a ``layout`` of torch's already.)
+        components: the component tensors by name, in the canonical layout.
     """
 
     format: WeightFormat
+    component_layout: str
     _resolved: tuple[tuple[int, ...], Components] | None
 
     @staticmethod
-    def __new__(cls, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(
+        cls, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype, layout: str = CANONICAL
+    ) -> QuantizedTensor:
         device = components[format.component_names[0]].device
         return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device, requires_grad=False)
 
-    def __init__(self, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, components: Components, format: WeightFormat, shape: Sequence[int], dtype: torch.dtype, layout: str = CANONICAL
+    ) -> None:
         self.format = format
+        self.component_layout = layout
         for name in format.component_names:
             setattr(self, name, components[name])
         self._resolved = None
@@ -98,23 +111,55 @@ class QuantizedTensor(torch.Tensor):
         check_dtype("QuantizedTensor.empty: dtype", dtype)
         return cls(format.empty(shape, device), format, shape, dtype)
 
+    # --- its layout -------------------------------------------------------------------------------------------------
+
+    def prepack(self, layout: str) -> QuantizedTensor:
+        """The weight in a backend's private layout, for that backend's products; double-quantized scales are decoded for good.
+
+        Args:
+            layout: ``<backend>.<name>``, one of the ``layouts`` of an installed backend.
+
+        Returns:
+            A weight that decodes to the same, bit for bit, in memory of its own; a Parameter if this is one. It takes this one's place:
+            ``linear.weight = linear.weight.prepack(layout)``.
+
+        Raises:
+            ValueError: ``layout`` is the canonical one, or the weight hasn't two axes.
+            NoBackendError: no backend that may serve here makes that layout of such a weight.
+        """
+        if layout == CANONICAL:
+            raise ValueError(
+                f"QuantizedTensor.prepack: layout is {layout!r}, expected a backend's own; call .unpack() for this one"
+            )
+        if layout == self.component_layout:
+            return self
+        format = self.format.resolved_format
+        components = format.prepack(resolve(self), self.shape, layout)
+        return _like(self, QuantizedTensor(components, format, self.shape, self.dtype, layout))
+
+    def unpack(self) -> QuantizedTensor:
+        """The weight in the canonical layout: itself if it is, else in memory of its own; a Parameter if this is one."""
+        if self.component_layout == CANONICAL:
+            return self
+        return _like(self, QuantizedTensor(self.components, self.format, self.shape, self.dtype))
+
     # --- what it is -------------------------------------------------------------------------------------------------
 
     @property
     def components(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.format.component_names}
+        return dict(canonical_components(self))
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the components."""
-        return sum(component.nbytes for component in self.components.values())
+        return sum(component.nbytes for component in held_components(self).values())
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that :func:`resolve` keeps beside the components."""
         if self._resolved is None:
             return 0
-        own = {id(component) for component in self.components.values()}
+        own = {id(component) for component in held_components(self).values()}
         return sum(component.nbytes for component in self._resolved[1].values() if id(component) not in own)
 
     def dequantize(self) -> Tensor:
@@ -122,7 +167,8 @@ class QuantizedTensor(torch.Tensor):
         return self.format.dequantize(resolve(self), self.shape, self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+        layout = "" if self.component_layout == CANONICAL else f", layout={self.component_layout!r}"
+        return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'{layout})"
 
     # --- copies and pickles: components only, whatever is derived stays behind --------------------------------------------
 
@@ -139,15 +185,15 @@ class QuantizedTensor(torch.Tensor):
 
     # --- torch's protocols ------------------------------------------------------------------------------------------
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[WeightFormat, torch.dtype]]:
-        return list(self.format.component_names), (self.format, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[WeightFormat, torch.dtype, str]]:
+        return list(self.format.component_names), (self.format, self.dtype, self.component_layout)
 
     @classmethod
     def __tensor_unflatten__(
-        cls, components: Components, context: tuple[WeightFormat, torch.dtype], outer_size: Sequence[int], outer_stride: object
+        cls, components: Components, context: tuple[WeightFormat, torch.dtype, str], outer_size: Sequence[int], outer_stride: object
     ) -> QuantizedTensor:
-        format, dtype = context
-        return cls(components, format, outer_size, dtype)
+        format, dtype, layout = context
+        return cls(components, format, outer_size, dtype, layout)
 
     @classmethod
     def __torch_function__(
@@ -204,8 +250,45 @@ class QuantizedTensor(torch.Tensor):
         return QuantizedTensor(components, format, shape, dtype), ()
 
 
+def held_components(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """A weight's components as they are, in its own layout.
+
+    Raises:
+        ValueError: torch.export is at work on a private layout. A copy of the program, or one that was saved, would hold canonical
+            components, and read them as private ones.
+    """
+    if weight.component_layout != CANONICAL and torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export: a weight is held in the layout {weight.component_layout!r}, which doesn't leave the process; "
+            "call .unpack() on it first"
+        )
+    return {name: getattr(weight, name) for name in weight.format.component_names}
+
+
+def canonical_components(weight: QuantizedTensor) -> Components:
+    """A weight's components in the canonical layout: themselves, or unpacked into new memory.
+
+    Raises:
+        NoBackendError: the backend whose layout it is can't serve any more; the message says how to get the weight back.
+    """
+    held = held_components(weight)
+    return held if weight.component_layout == CANONICAL else weight.format.unpack(held, weight.shape, weight.component_layout)
+
+
+def linear(x_TK: Tensor, weight: QuantizedTensor, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+    """The product [..., K] × [N, K] → [..., N]: the one use of a weight that takes it in its own layout.
+
+    Args:
+        x_TK, bias: as the format's op takes them.
+        weight: of any format and layout.
+        shape: the weight's, which a caller may keep, because asking a tensor subclass costs more than the op's dispatch.
+    """
+    components = resolve(weight) if weight.component_layout == CANONICAL else held_components(weight)
+    return weight.format.linear(x_TK, components, shape, bias, weight.component_layout)
+
+
 def resolve(weight: QuantizedTensor) -> Components:
-    """A weight's components as the ops take them: double-quantized scales decoded.
+    """A weight's components as the ops take them: in the canonical layout, and double-quantized scales decoded.
 
     Decoding them takes 6 % of the time of a one-token product with 4096 × 4096 weights (measured on a CPU, q-cpu 0.1), and a larger
     share of a faster product. So what is decoded while no gradients are recorded is kept: half a bit a weight at blocksize 64, counted
@@ -214,7 +297,7 @@ def resolve(weight: QuantizedTensor) -> Components:
 
     A function and not a method, because torch.compile traces into functions, and takes methods of tensors for operators.
     """
-    components = {name: getattr(weight, name) for name in weight.format.component_names}
+    components = canonical_components(weight)
     if not weight.format.derives:
         return components
     if torch.compiler.is_compiling():
@@ -235,7 +318,15 @@ def _rebuild(
     components: Components, format: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool
 ) -> QuantizedTensor:
     result = QuantizedTensor.from_components(components, format, shape=shape, dtype=dtype)
-    return torch.nn.Parameter(result, requires_grad=False) if is_parameter else result  # type: ignore[return-value]
+    return _parameter(result) if is_parameter else result
+
+
+def _like(original: QuantizedTensor, result: QuantizedTensor) -> QuantizedTensor:
+    return _parameter(result) if _is_parameter(original) else result
+
+
+def _parameter(tensor: QuantizedTensor) -> QuantizedTensor:
+    return torch.nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
 
 
 torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, _rebuild])
@@ -266,6 +357,12 @@ def map_components(
         check_dtype("QuantizedTensor.to: dtype", dtype)
     components = {name: function(component) for name, component in tensor.components.items()}
     return QuantizedTensor(components, tensor.format, tensor.shape, dtype or tensor.dtype)
+
+
+def alias(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same memory, and so the same layout."""
+    components = {name: torch.ops.aten.alias.default(component) for name, component in held_components(tensor).items()}
+    return QuantizedTensor(components, tensor.format, tensor.shape, tensor.dtype, tensor.component_layout)
 
 
 from q_core.formats import operators, sharding  # noqa: E402, F401 (they fill the tables, and need the class)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from q_core.formats.quantized_tensor import OPERATORS, QuantizedTensor, map_components, resolve, unsupported
+from q_core.formats.quantized_tensor import OPERATORS, QuantizedTensor, alias, held_components, map_components, resolve, unsupported
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -79,8 +79,11 @@ def _view(func: Any, tensor: QuantizedTensor, size: Sequence[int]) -> Any:
     shape = (tensor.numel(),) if tuple(size) == (-1,) else tuple(size)
     if shape not in (tuple(tensor.shape), (tensor.numel(),)):
         unsupported("view", f"of a QuantizedTensor {list(tensor.shape)} as {list(shape)} isn't defined")
-    components = {name: aten.alias.default(component) for name, component in tensor.components.items()}
-    result = QuantizedTensor(components, tensor.format, shape, tensor.dtype)
+    if shape == tuple(tensor.shape):
+        result = alias(tensor)
+    else:
+        components = {name: aten.alias.default(component) for name, component in tensor.components.items()}
+        result = QuantizedTensor(components, tensor.format, shape, tensor.dtype)
     return return_and_correct_aliasing(func, (tensor, size), {}, result)
 
 
@@ -89,16 +92,24 @@ def _as_strided(
 ) -> Any:
     if (tuple(size), tuple(stride), storage_offset or 0) != (tuple(tensor.shape), tensor.stride(), 0):
         unsupported("as_strided", "gives the whole of a QuantizedTensor only")
-    result = map_components(tensor, aten.alias.default)
+    result = alias(tensor)
     return return_and_correct_aliasing(func, (tensor, size, stride, storage_offset), {}, result)
 
 
 def _is_pinned(func: Any, tensor: QuantizedTensor, device: torch.device | None = None) -> bool:
-    return all(component.is_pinned() for component in tensor.components.values())
+    return all(component.is_pinned() for component in held_components(tensor).values())
 
 
 def _pin_memory(func: Any, tensor: QuantizedTensor, device: torch.device | None = None) -> QuantizedTensor:
     return map_components(tensor, torch.Tensor.pin_memory)
+
+
+def _cat(func: Any, tensors: Sequence[torch.Tensor], dim: int = 0) -> NoReturn:
+    """How ``DistributedDataParallel`` glues parameters together for its first broadcast."""
+    unsupported(
+        "cat",
+        "isn't defined for a QuantizedTensor (DistributedDataParallel's first broadcast is one: call q_nn.prepare_ddp before it)",
+    )
 
 
 OPERATORS.update(
@@ -109,6 +120,7 @@ OPERATORS.update(
         aten.as_strided.default: _as_strided,
         aten.is_pinned.default: _is_pinned,
         aten._pin_memory.default: _pin_memory,
+        aten.cat.default: _cat,
     }
 )
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from q_core import ops
+from q_core.backend import NoBackendError
+from q_core.registry import registry
 
 Components = Mapping[str, Tensor]
 """Component tensors by name."""
@@ -48,7 +53,7 @@ class WeightFormat(ABC):
         """Uninitialized components of the right shapes, on any device, meta too."""
 
     def resolve(self, components: Components) -> Components:
-        """The components as the ops take them, anything nested decoded. The methods below take these."""
+        """The components as the ops take them, anything nested decoded. The methods below take these, in the canonical layout."""
         return components
 
     @abstractmethod
@@ -56,8 +61,8 @@ class WeightFormat(ABC):
         """Decode to a dense tensor of ``shape`` and ``dtype``."""
 
     @abstractmethod
-    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-        """Multiply activations [..., K] with the weight [N, K]: [..., N]."""
+    def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
+        """Multiply activations [..., K] with the weight [N, K] in any layout: [..., N]."""
 
     @abstractmethod
     def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -78,6 +83,41 @@ class WeightFormat(ABC):
         Raises:
             ValueError: the format can't cut there.
         """
+
+    @property
+    @abstractmethod
+    def prepack_arguments(self) -> Mapping[str, Any]:
+        """What the ops ``prepack_weight`` and ``unpack_weight`` are told of the format."""
+
+    def prepack(self, resolved: Components, shape: Sequence[int], layout: str) -> Components:
+        """Bring components from the canonical layout into a backend's; they are those of :attr:`resolved_format` then.
+
+        Raises:
+            NoBackendError: no backend makes that layout of such a weight; the message lists those that there are.
+        """
+        try:
+            packed = ops.prepack_weight([*resolved.values()], shape=shape, layout=layout, **self.prepack_arguments)
+        except NoBackendError as error:
+            known = ", ".join(map(repr, registry().layouts())) or "none"
+            raise NoBackendError(
+                f"prepack: nobody here makes the layout {layout!r} of {self}; the layouts of the backends here: {known}. {error}"
+            ) from error
+        return dict(zip(resolved, packed, strict=True))
+
+    def unpack(self, private: Components, shape: Sequence[int], layout: str) -> Components:
+        """Bring components of a backend's layout back into the canonical one.
+
+        Raises:
+            NoBackendError: the backend whose layout it is doesn't serve any more; the message says how to get the weight back.
+        """
+        try:
+            unpacked = ops.unpack_weight([*private.values()], shape=shape, layout=layout, **self.prepack_arguments)
+        except NoBackendError as error:
+            raise NoBackendError(
+                f"unpack: a weight {list(shape)} is held in the layout {layout!r}, which nobody here can read; select the backend "
+                f"{layout.partition('.')[0]!r} again (Q_BACKENDS, use_backends) and call .unpack() on the weight before it goes. {error}"
+            ) from error
+        return dict(zip(private, unpacked, strict=True))
 
     def check(self, components: Components, shape: Sequence[int]) -> None:
         """Refuse components that can't be those of a weight of ``shape``.

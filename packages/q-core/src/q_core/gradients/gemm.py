@@ -74,6 +74,6 @@ def _backward_int8(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     return dx_TK, None, None, _bias(ctx, dy_TN, 3), None
 
 
-gemm = Gradient(save=_save_gemm, backward=_backward_gemm)
-gemm_4bit = Gradient(save=_save_4bit, backward=_backward_4bit)
-gemm_int8_weight = Gradient(save=_save_int8, backward=_backward_int8)
+gemm = Gradient(save=_save_gemm, backward=_backward_gemm, inputs=("x_TK", "w_NK", "bias"))
+gemm_4bit = Gradient(save=_save_4bit, backward=_backward_4bit, inputs=("x_TK", "bias"))
+gemm_int8_weight = Gradient(save=_save_int8, backward=_backward_int8, inputs=("x_TK", "bias"))

@@ -62,5 +62,5 @@ def _backward_fused_moe(ctx: Any, dy_TK: Tensor) -> tuple[Tensor | None, ...]:
     return dx.to(x_TK.dtype), None, None, dweights, None, None, None, None, None, None
 
 
-route_topk = Gradient(save=_save_route_topk, backward=_backward_route_topk)
-fused_moe = Gradient(save=_save_fused_moe, backward=_backward_fused_moe)
+route_topk = Gradient(save=_save_route_topk, backward=_backward_route_topk, inputs=("logits_TE",))
+fused_moe = Gradient(save=_save_fused_moe, backward=_backward_fused_moe, inputs=("x_TK", "topk_weights"))

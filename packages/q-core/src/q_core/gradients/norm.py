@@ -71,7 +71,7 @@ def _backward_silu_and_mul(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (torch.cat((dgate, dy * F.silu(gate)), -1).to(x.dtype),)
 
 
-rms_norm = Gradient(save=_save_rms_norm, backward=_backward_rms_norm)
-add_rms_norm = Gradient(save=_save_add_rms_norm, backward=_backward_add_rms_norm)
-rotary_embedding = Gradient(save=_save_rotary, backward=_backward_rotary)
-silu_and_mul = Gradient(save=_save_silu_and_mul, backward=_backward_silu_and_mul)
+rms_norm = Gradient(save=_save_rms_norm, backward=_backward_rms_norm, inputs=("x", "weight"))
+add_rms_norm = Gradient(save=_save_add_rms_norm, backward=_backward_add_rms_norm, inputs=("x", "residual", "weight"))
+rotary_embedding = Gradient(save=_save_rotary, backward=_backward_rotary, inputs=("q_THD", "k_TGD"))
+silu_and_mul = Gradient(save=_save_silu_and_mul, backward=_backward_silu_and_mul, inputs=("x",))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import keyword
 import re
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -42,7 +43,7 @@ def generate(name: str, directory: Path, *, device: str = "cpu") -> list[Path]:
         The files, in the order in which to read them.
 
     Raises:
-        ValueError: a name that no distribution, package or device can have.
+        ValueError: a name that no distribution, package or device can have, or that is taken here.
         FileExistsError: the directory holds something.
     """
     module = name.replace("-", "_")
@@ -50,6 +51,8 @@ def generate(name: str, directory: Path, *, device: str = "cpu") -> list[Path]:
         raise ValueError(
             f"new-backend: name is {name!r}, expected lower-case letters, digits and single hyphens, such as 'acme-npu'."
         )
+    if module == "reference" or find_spec(module) is not None:
+        raise ValueError(f"new-backend: name is {name!r}, expected another one: a module or a backend {module} is there already.")
     if not _DEVICE.fullmatch(device):
         raise ValueError(
             f"new-backend: device is {device!r}, expected a torch device type without an index, such as 'cpu' or 'npu'."

@@ -63,7 +63,7 @@ def _cache(make: Make, *shape: int, dtype: torch.dtype, codes: torch.dtype | Non
 
 def write_kv(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for codes in CODE_DTYPES:
-        for tokens, G, D, S in make.cases(((5, 2, 16, 4), (1, 1, 5, 3), (0, 2, 8, 4)), draw_write):
+        for tokens, G, D, S in make.cases(WRITES, draw_write):
             slots = make.permutation(6 * S)[:tokens]
             k_cache, k_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
             v_cache, v_scale = _cache(make, 6, G, S, D, dtype=dtype, codes=codes)
@@ -96,15 +96,20 @@ def _attention(make: Make, dtype: torch.dtype, batch: Batch, codes: torch.dtype 
     } | changes  # fmt: skip
 
 
-def _unwritten_slots_are_nan(call: dict[str, Any]) -> dict[str, Any]:
-    """The same call on a cache whose memory, beyond the sequences, holds what memory may hold."""
+def _what_is_not_read_is_garbage(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call where the cache and the block tables, beyond the sequences, hold what memory may hold."""
     blocks, _, S, _ = call["k_cache_BGSD"].shape
     written = torch.zeros(blocks, S, dtype=torch.bool)
-    for table, length in zip(call["block_tables"].tolist(), call["seq_lens"].tolist(), strict=True):
+    tables = torch.full_like(call["block_tables"], blocks)
+    tables[:, 1::2] = -1
+    for row, length in enumerate(call["seq_lens"].tolist()):
+        used = -(-length // S)
+        tables[row, :used] = call["block_tables"][row, :used]
         for position in range(length):
-            written[table[position // S], position % S] = True
+            written[tables[row, position // S], position % S] = True
     caches = ("k_cache_BGSD", "v_cache_BGSD")
-    return call | {name: call[name].masked_fill(~written[:, None, :, None], float("nan")) for name in caches}
+    garbage = {name: call[name].masked_fill(~written[:, None, :, None], float("nan")) for name in caches}
+    return call | garbage | {"block_tables": tables}
 
 
 def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -116,8 +121,8 @@ def paged_attention(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             yield _attention(make, dtype, batch, window=window)
         yield _attention(make, dtype, batch, softcap=0.7)
         yield _attention(make, dtype, batch, scale=0.7)
-        yield _unwritten_slots_are_nan(_attention(make, dtype, batch))
-        yield _unwritten_slots_are_nan(_attention(make, dtype, batch, causal=False))
+        yield _what_is_not_read_is_garbage(_attention(make, dtype, batch))
+        yield _what_is_not_read_is_garbage(_attention(make, dtype, batch, causal=False))
         yield _attention(make, dtype, batch, sinks_H=make.normal(batch.H, scale=2.0))
         for codes in CODE_DTYPES[1:]:
             yield _attention(make, dtype, batch, codes)
@@ -132,6 +137,9 @@ def copy_kv_blocks(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             pairs = torch.stack((make.integers(B, low=0, high=B), make.permutation(B + 2)[:B]), 1)
             yield {"src": src, "dst": dst, "pairs": pairs}
             yield {"src": src, "dst": dst.clone(), "pairs": pairs[:0]}
+            # Within one cache, each block to the place of the next: all are read before any is written.
+            within, order = src.clone(), torch.arange(B)
+            yield {"src": within, "dst": within, "pairs": torch.stack((order, order.roll(-1)), 1)}
             if scale is not None:
                 order = make.permutation(B)
                 yield {"src": scale, "dst": torch.zeros_like(scale), "pairs": torch.stack((order, order.flip(0)), 1)}

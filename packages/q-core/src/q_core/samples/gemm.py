@@ -48,9 +48,10 @@ def gemm_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for quant_type, book in FOUR_BIT_BOOKS.items():
         blocksize = make.option(book.blocksizes[len(book.blocksizes) // 5], *book.blocksizes)
         for i, (lead, N, K) in enumerate(make.cases(SIZES, draw_size)):
+            packed = make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8)
             yield {
                 "x_TK": make.normal(*lead, K, dtype=dtype),
-                "packed": make.integers((N * K + 1) // 2, low=0, high=256, dtype=torch.uint8),
+                "packed": packed.view(-1, 1) if make.option(i % 2, 0, 1) else packed,
                 "absmax": make.uniform(-(-N * K // blocksize), high=2.0),
                 "blocksize": blocksize, "quant_type": quant_type, "shape": [N, K], "bias": _bias(make, i, N, dtype),
                 "activations": ("native", "int8")[make.option(i // 4 % 2, 0, 1)], "layout": CANONICAL,
@@ -77,7 +78,7 @@ def gemm_int8_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]
 
 
 def prepack_weight(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for N, K in make.cases(((8, 64), (5, 33)), lambda make: (make.size(1, 40), make.size(1, 140))):
+    for N, K in make.cases(((8, 64), (5, 33), (0, 8)), lambda make: (make.size(0, 40), make.size(0, 140))):
         for format in ("dense", "int8", *FOUR_BIT_BOOKS):
             blocksize = FOUR_BIT_BOOKS[format].blocksizes[0] if format in FOUR_BIT_BOOKS else 64
             if format == "dense":

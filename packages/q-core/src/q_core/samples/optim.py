@@ -11,7 +11,7 @@ from q_core.formats.codebooks import dynamic_map
 from q_core.optimizers import ALL_STATES, RULES, SETTINGS
 from q_core.samples.make import Make
 
-SHAPES: tuple[tuple[int, ...], ...] = ((300,), (16, 33), (1,), (256, 2))
+SHAPES: tuple[tuple[int, ...], ...] = ((300,), (16, 33), (1,), (256, 2), (0, 5))
 
 
 def draw_shapes(make: Make) -> tuple[tuple[int, ...], ...]:

@@ -50,10 +50,11 @@ def quantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 def dequantize_4bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for quant_type, book in FOUR_BIT_BOOKS.items():
         blocksize = make.option(book.blocksizes[len(book.blocksizes) // 5], *book.blocksizes)
-        for shape in make.cases(SHAPES, draw_shape):
+        for i, shape in enumerate(make.cases(SHAPES, draw_shape)):
             numel = torch.Size(shape).numel()
+            packed = make.integers((numel + 1) // 2, low=0, high=256, dtype=torch.uint8)
             yield {
-                "packed": make.integers((numel + 1) // 2, low=0, high=256, dtype=torch.uint8),
+                "packed": packed.view(-1, 1) if make.option(i % 2, 0, 1) else packed,
                 "absmax": make.uniform(-(-numel // blocksize), high=3.0),
                 "blocksize": blocksize, "quant_type": quant_type, "shape": list(shape), "dtype": dtype,
             }  # fmt: skip

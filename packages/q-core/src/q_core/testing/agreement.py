@@ -40,10 +40,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in an argument or a result."""
+    """The tensors in an argument, a result, or a call."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def same_layout(tensor: Tensor) -> Tensor:
@@ -58,9 +59,32 @@ def fresh(value: Any) -> Any:
     return map_tensors(same_layout, value)
 
 
+def map_call(function: Callable[[Tensor], Tensor], call: Mapping[str, Any]) -> Arguments:
+    """Apply a function to the tensors of a call; where two arguments are one tensor, they stay one."""
+    done: dict[int, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = function(tensor)
+        return done[id(tensor)]
+
+    return {name: map_tensors(once, value) for name, value in call.items()}
+
+
 def copy_call(call: Mapping[str, Any]) -> Arguments:
     """The same call on tensors of its own, in the same layouts."""
-    return {name: fresh(value) for name, value in call.items()}
+    return map_call(same_layout, call)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two arguments or results hold the same bits in the same dtypes and shapes; NaN is like any other."""
+    pairs = zip(tensors_of(a), tensors_of(b), strict=True)
+    return all(x.dtype is y.dtype and x.shape == y.shape and torch.equal(_bytes(x), _bytes(y)) for x, y in pairs)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)  # an empty one may be contiguous at any stride
+    return flat.view(torch.uint8)
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -89,7 +113,7 @@ def expected_outputs(record: OpRecord, call: Arguments) -> tuple[Outputs, Output
         exact = run(record, reference_function(record), clone)
         return exact, dict.fromkeys(exact)
     # The reference computes in float64 for float64 inputs; scales, code books and states that enter it are exact in both.
-    wide = {name: map_tensors(_double, value) for name, value in clone.items()}
+    wide = map_call(_double, clone)
     expected = run(record, reference_function(record), wide)
     outputs = tuple(expected.values())
     if record.mutates:

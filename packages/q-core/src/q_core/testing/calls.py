@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from q_core.record import Arguments, OpRecord
 from q_core.samples.make import Case, Make
 from q_core.specs.check import FLOATS
-from q_core.testing.agreement import describe, map_tensors, tensors_of
+from q_core.testing.agreement import describe, map_call, map_tensors, tensors_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -158,7 +158,7 @@ def calls(draw: Draw, record: OpRecord, device: str = "cpu") -> Call:
     """Valid calls of an op: any float dtype, odd and zero sizes, partial blocks, every layout that the contract allows."""
     dtype = draw(st.sampled_from(FLOATS))
     call = _nth(record.samples(DrawnMake(draw), dtype), draw)
-    on_device = {name: map_tensors(lambda tensor: tensor.to(device), value) for name, value in call.items()}
+    on_device = map_call(lambda tensor: tensor.to(device), call)
     return laid_out(record, on_device, _draw_layouts(draw, record, on_device))
 
 
@@ -193,27 +193,48 @@ def sample_calls(
 ) -> list[Call]:
     """The record's own samples, on a device."""
     made = itertools.islice(record.samples(make or Make(), dtype), most)
-    return [Call({name: map_tensors(lambda tensor: tensor.to(device), value) for name, value in call.items()}) for call in made]
+    return [Call(map_call(lambda tensor: tensor.to(device), call)) for call in made]
 
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """A call that the contract refuses, for one wrong argument."""
+    """A call that the contract refuses, for one wrong argument, and the error that it documents."""
 
     argument: str
     what: str
     call: Call
+    error: TypeError | ValueError
+
+
+def _wrong_tensors(value: Any) -> Iterator[tuple[str, Any]]:
+    yield "a complex tensor", map_tensors(lambda tensor: tensor.to(torch.complex64), value)
+    yield "a number", [3.0 for _ in value] if isinstance(value, list) else 3.0
+    yield "on another device", map_tensors(lambda tensor: tensor.to("meta"), value)
+    yield "of nine axes more", map_tensors(lambda tensor: tensor[(None,) * 9], value)
+    yield "one element longer", map_tensors(lambda tensor: torch.cat((tensor.flatten(), tensor.flatten()[:1])), value)
+
+
+def _wrong_settings(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, str):
+        yield "no such name", "nonesuch"
+    elif isinstance(value, torch.dtype):
+        yield "another dtype", torch.complex64
+    elif isinstance(value, list):
+        yield "a length too many", [*value, 3]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield "negative", type(value)(-1)
+        yield "far too large", type(value)(2**40)
 
 
 def bad_calls(record: OpRecord, device: str = "cpu") -> list[BadCall]:
-    """For every tensor argument: of a dtype that no op takes, and no tensor at all."""
+    """Calls with one wrong argument: each way to be wrong that the op's check refuses."""
     call = sample_calls(record, torch.float32, device, most=1)[0]
     bad = []
     for name, value in call.items():
-        if not tensors_of(value):
-            continue
-        complex_numbers = map_tensors(lambda tensor: tensor.to(torch.complex64), value)
-        bad.append(BadCall(name, "a complex tensor", Call(call | {name: complex_numbers})))
-        no_tensor: Any = [3.0 for _ in value] if isinstance(value, list) else 3.0
-        bad.append(BadCall(name, "a number", Call(call | {name: no_tensor})))
+        for what, wrong in _wrong_tensors(value) if tensors_of(value) else _wrong_settings(value):
+            changed = Call(call | {name: wrong})
+            try:
+                record.check(**changed)
+            except (TypeError, ValueError) as error:
+                bad.append(BadCall(name, what, changed, error))
     return bad
