@@ -3,7 +3,8 @@
 Block-wise formats share one rule.  A tensor is read flat, row-major, in blocks of ``blocksize`` (the last may be partial; blocks may
 straddle rows).  In float32, each step rounded: ``absmax = max |x|`` of the block and ``s = x * (1 / absmax)`` clamped to [-1, 1], or
 ``s = x / absmax`` where absmax is below the smallest normal float32.  The code is that of the nearest code-book entry by the float32
-midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.
+midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.  The code books of the 4-bit
+types are in :mod:`q_core.formats.codebooks`; one that a caller passes is sorted and holds 0 (the caller's promise).
 
 Two 4-bit types have scales of a smaller set, which can be stored in a byte; their "absmax" is the scale times the largest value of the
 code book, and what lies beyond is clamped:
