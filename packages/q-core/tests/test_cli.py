@@ -65,6 +65,9 @@ def test_ops(run: Run) -> None:
     assert run("ops")[0] == 0
     (op,) = json.loads(run("ops", "rms_norm", "--json")[1])
     assert op["op"] == "rms_norm" and "Root-mean-square norm" in op["contract"]
+    said = run("ops", "write_kv")[1]
+    assert said.startswith("q::write_kv(Tensor k_TGD") and "attention: Attention over a paged KV cache." in said
+    assert "Mutates: k_cache_BGSD, v_cache_BGSD, k_scale_BGS, v_scale_BGS.\nA backend may leave out: k_scale_BGS (None)" in said
     code, _, err = run("ops", "gemm_5bit")
     assert code == 2 and err.startswith("q-core: unknown op 'gemm_5bit', expected one of: quantize_blockwise")
 
@@ -180,6 +183,12 @@ def test_conformance_refuses_what_means_nothing(arguments: tuple[str, ...], mess
 def test_conformance_is_on_the_device_that_the_backend_serves(run: Run) -> None:
     with family_module("acme_cli"), installed_backends(backend(device_types=("meta",))):
         assert run("conformance", "--backend", "acme")[1].startswith("acme on meta\n")
+
+
+def test_a_probe_that_says_something_else_is_refused(run: Run) -> None:
+    with family_module("acme_cli"), installed_backends(backend(probe=lambda: True)):
+        code, out, _ = run("doctor")
+    assert code == 1 and "refused, its probe gives True, expected a q_core.backend.Availability" in out
 
 
 @pytest.mark.parametrize(

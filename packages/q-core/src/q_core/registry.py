@@ -25,6 +25,7 @@ from q_core.backend import (
     ENTRY_POINT_GROUP,
     SURFACE_VERSION,
     Accepts,
+    Availability,
     Backend,
     BackendConflictError,
     BackendError,
@@ -164,6 +165,8 @@ class Registry:
                     f"written for surface version {backend.surface_version}, this q-core has {SURFACE_VERSION}: update q-core"
                 )
             availability = backend.probe()
+            if not isinstance(availability, Availability):
+                raise BackendError(f"its probe gives {availability!r}, expected a q_core.backend.Availability")
             if not availability:
                 return LoadedBackend(backend.name, source.distribution, "unavailable", availability.reason, backend)
             implementations = {implementation.op: implementation for implementation in _implementations(backend)}
