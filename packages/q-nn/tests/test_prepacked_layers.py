@@ -173,6 +173,18 @@ def test_a_compiled_layer_follows_the_layout(make: Callable[[], nn.Linear]) -> N
         prepack(layer)
 
 
+@makers
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused_until_the_weight_is_canonical(make: Callable[[], nn.Linear], strict: bool) -> None:
+    layer, x = make(), torch.randn(3, 64)
+    prepack(layer)
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match=r"doesn't leave the process; call .unpack\(\)"):
+        torch.export.export(layer, (x,), strict=strict)
+    layer.weight = held(layer).unpack()
+    program = copy.deepcopy(torch.export.export(layer, (x,), strict=strict))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_directories_are_canonical(make_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, format: str) -> None:
     model = make_llama()

@@ -270,7 +270,8 @@ def held_components(weight: QuantizedTensor) -> dict[str, Tensor]:
         ValueError: torch.export is at work on a private layout. A copy of the program, or one that was saved, would hold canonical
             components, and read them as private ones.
     """
-    if weight.component_layout != CANONICAL and torch.compiler.is_exporting():
+    # The flag, because torch 2.11's compiler takes is_exporting() for true.
+    if weight.component_layout != CANONICAL and torch.compiler._is_exporting_flag:
         raise ValueError(
             f"torch.export: a weight is held in the layout {weight.component_layout!r}, which doesn't leave the process; "
             "call .unpack() on it first"
