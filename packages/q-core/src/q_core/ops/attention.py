@@ -31,7 +31,8 @@ def write_kv(
 
     An int8 or float8_e4m3fn cache holds codes with one scale a token and head, the absmax of its D values: ``x ≈ code * absmax / peak``
     with a peak of 127 or 448. In float32, each step rounded: ``code = round(x * (peak / absmax))``, half to even, or of
-    ``x / absmax * peak`` where peak / absmax overflows; where absmax is zero or not finite all codes are 0.
+    ``x / absmax * peak`` where peak / absmax overflows, rounded to the nearest code of the dtype; where absmax is zero or not finite
+    (NaN if any value is, else infinity) all codes are 0, and the scale is stored as it is.
 
     Args:
         k_TGD, v_TGD: float32, bfloat16 or float16 [T, G, D], any strides.
