@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -183,6 +184,20 @@ def test_export_is_refused_until_the_weight_is_canonical(make: Callable[[], nn.L
     layer.weight = held(layer).unpack()
     program = copy.deepcopy(torch.export.export(layer, (x,), strict=strict))
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@makers
+def test_distributed_checkpoints_are_canonical(make: Callable[[], nn.Linear], tmp_path: Path) -> None:
+    source, target, x = plain_scales(make), plain_scales(make), torch.randn(3, 64)
+    expected = source(x)
+    for layer in (source, target):
+        prepack(layer)
+    dcp.save(source.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = target.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    target.load_state_dict(state)
+    assert torch.equal(target(x), expected)
+    assert held(target).component_layout == LAYOUT
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

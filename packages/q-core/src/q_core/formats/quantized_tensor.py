@@ -45,7 +45,7 @@ class QuantizedTensor(torch.Tensor):
         shape, dtype: of the weight it decodes to.
         component_layout: that the component tensors are held in: ``q_core.layouts.CANONICAL``, or a backend's own. As they are held, they
             are attributes, such as ``weight.absmax``. (Tensors have a ``layout`` of torch's already.)
-        components: the component tensors by name, in the canonical layout.
+        components: the component tensors by name, in the canonical layout; unpacked anew each time if that isn't the one they are held in.
     """
 
     format: WeightFormat
