@@ -107,7 +107,7 @@ def _facts(record: OpRecord) -> Iterator[tuple[str, str]]:
 
 def _gradient(record: OpRecord) -> str:
     if record.mutates:
-        return "none: it writes to its arguments, and refuses those that require one"
+        return "none: it writes to its arguments; outside of `torch.no_grad()` the torch op refuses those that require one"
     if record.gradient is None:
         return "none: a backward through it raises"
     return "q-core's formula; a backend has none to write"
