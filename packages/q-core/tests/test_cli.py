@@ -34,7 +34,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def backend(name: str = "acme", **settings: Any) -> Backend:
-    usual = {"device_types": ("cpu",), "surface_version": 1, "priority": 200, "probe": lambda: Availability(True, "made up")}
+    usual: dict[str, Any] = {
+        "device_types": ("cpu",),
+        "surface_version": 1,
+        "priority": 200,
+        "probe": lambda: Availability(True, "made up"),
+    }
     return Backend(name, **(usual | {"families": ("acme_cli",)} | settings))
 
 
