@@ -103,9 +103,13 @@ def _implementations(backend: Backend) -> Iterator[Implementation]:
     for module_name in backend.families:
         module = importlib.import_module(module_name)
         for name, function in vars(module).items():
-            options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
             # A family may import another's function to call it: only a module's own ones are registered.
-            if not isinstance(options, dict) or getattr(function, "__module__", None) != module_name:
+            if getattr(function, "__module__", None) != module_name:
+                continue
+            options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
+            if not isinstance(options, dict):
+                if name in RECORDS:
+                    raise BackendError(f"{backend.name}: {module_name}.{name} has the name of an op; mark it with @impl, or rename it.")
                 continue
             if name not in RECORDS:
                 raise BackendError(f"{backend.name}: {module_name}.{name} is not an op of the surface: {', '.join(RECORDS)}.")
