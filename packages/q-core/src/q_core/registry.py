@@ -109,7 +109,9 @@ def _implementations(backend: Backend) -> Iterator[Implementation]:
             options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
             if not isinstance(options, dict):
                 if name in RECORDS:
-                    raise BackendError(f"{backend.name}: {module_name}.{name} has the name of an op; mark it with @impl, or rename it.")
+                    raise BackendError(
+                        f"{backend.name}: {module_name}.{name} has the name of an op; mark it with @impl, or rename it."
+                    )
                 continue
             if name not in RECORDS:
                 raise BackendError(f"{backend.name}: {module_name}.{name} is not an op of the surface: {', '.join(RECORDS)}.")
