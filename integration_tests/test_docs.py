@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from q_core import ops
+from q_core import Availability, Backend, ops
+from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_core.specs import RECORDS
+from q_core.testing import Capabilities, suite
 from reference_pages import Site, command, environment, operations
 from reference_pages.docstrings import to_markdown
 
@@ -89,6 +93,27 @@ def test_every_environment_variable_that_is_read_is_described() -> None:
         described = {variable.name for variable in environment.described_in(module)}
         assert described == environment.read_in(module), module
         assert all(f"`{name}`" in environment.page(ROOT) for name in described)
+
+
+def test_code_books_are_those_of_the_formats() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", operations.index().partition("## Code books")[2], re.MULTILINE)
+    assert [int(code) for code, _ in rows] == list(range(16))
+    columns = zip(*(map(float, values.split(" | ")) for _, values in rows), strict=True)
+    for (name, book), values in zip(FOUR_BIT_BOOKS.items(), columns, strict=True):
+        printed, held = (torch.tensor(v, dtype=torch.float32) for v in (values, book.values))
+        assert torch.equal(printed, held), name
+
+
+def test_a_backends_parts_and_the_suites_tests_are_described(site: Site) -> None:
+    page = site.pages["reference/backend.md"].text
+    for field in (*dataclasses.fields(Backend), *dataclasses.fields(Availability)):
+        assert f"- `{field.name}`: " in page, f"{field.name} is missing"
+    assert "- `accepts`: " in page and "BackendConflictError(BackendError)" in page
+    page = site.pages["reference/conformance.md"].text
+    for field in dataclasses.fields(Capabilities):
+        assert f"- `{field.name}`: " in page, f"{field.name} is missing"
+    for test in (name for name in suite.__all__ if name.startswith("test_")):
+        assert re.search(rf"^### {test}\n\n.+?\n\nMend: ", page, re.MULTILINE | re.DOTALL), f"{test} is missing, or how to mend it"
 
 
 def test_every_subcommand_is_on_its_page() -> None:

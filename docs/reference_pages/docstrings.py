@@ -1,7 +1,8 @@
-"""Docstrings in Google's style as Markdown."""
+"""Docstrings in Google's style, and signatures, as Markdown."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from textwrap import dedent
@@ -75,3 +76,18 @@ def _item(entry: str) -> str:
     assert match is not None
     names = ", ".join(f"`{name}`" for name in match["names"].split(", "))
     return f"{names}: {match['text']}"
+
+
+def signature_of(described: Callable[..., object]) -> str:
+    """The signature of a function or a dataclass with an argument a line, annotations as they are in the source."""
+    signature = inspect.signature(described)
+    lines = []
+    keyword_only = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("    *,")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"    {parameter.name}: {parameter.annotation}{default.replace('<factory>', '…')},")
+    returned = "" if inspect.isclass(described) else f" -> {signature.return_annotation}"
+    return "\n".join([f"{described.__name__}(", *lines, f"){returned}"])

@@ -7,13 +7,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from q_core import hookspecs, ops
 from q_core.backend import SURFACE_VERSION
+from q_core.formats import codebooks
 from q_core.record import OpRecord
 from q_core.specs import RECORDS, bounds, record_of
-from reference_pages.docstrings import cell, inline, to_markdown
+from reference_pages.docstrings import cell, inline, signature_of, to_markdown
 
 _LEGEND = re.compile(r"\b([A-Z]) ([a-z][a-z ]*?)(?=[,.])")
 _SHAPE = re.compile(r"\[([^\[\]]*)\]")
@@ -40,11 +42,32 @@ def index() -> str:
     for family, records in _families().items():
         rows = [f"| [`{record.name}`]({record.name}.md) | {cell(record.summary)} |" for record in records]
         parts += [f"## {family}", "\n".join(["| op | |", "|---|---|", *rows]), _text(_module(records[0]), _link)]
+    parts += ["## Code books", _code_books()]
     factors = " | ".join(f"{factor:g}" for factor in bounds.FACTOR.values())
     dtypes = " | ".join(str(dtype).removeprefix("torch.") for dtype in bounds.FACTOR)
     parts += ["## Tolerances", _text(bounds), f"| | {dtypes} |\n|---|{'---|' * len(bounds.FACTOR)}\n| FACTOR | {factors} |"]
     parts += ["## Shape letters", ", ".join(f"{letter} {meaning}" for letter, meaning in letters().items()) + "."]
     return "\n\n".join(parts) + "\n"
+
+
+def _code_books() -> str:
+    """The values of the 4-bit types by code, as float32 prints them, and where the 8-bit maps are to be had."""
+    books = codebooks.FOUR_BIT_BOOKS
+    rows = [f"| {code} | {' | '.join(_float32(book.values[code]) for book in books.values())} |" for code in range(16)]
+    table = "\n".join([f"| code | {' | '.join(books)} |", f"|---|{'---|' * len(books)}", *rows])
+    return (
+        "A value is the code's times the block's absmax. Each is the float32 nearest to what is printed. A backend may read them from "
+        "`q_core.formats.codebooks`: `FOUR_BIT_BOOKS[quant_type].values` are the values by code, and `.ordered` the codes that are made, "
+        "in ascending order of value.\n\n"
+        f"{table}\n\n"
+        "The 8-bit dynamic maps, 256 values in ascending order, are `DYNAMIC_SIGNED` and `DYNAMIC_UNSIGNED` there; a backend is given "
+        "the map as an argument."
+    )
+
+
+def _float32(value: float) -> str:
+    """The fewest digits that name a float32."""
+    return str(np.float32(value))
 
 
 def page(op: str) -> str:
@@ -55,12 +78,12 @@ def page(op: str) -> str:
     return (
         f"# {op}\n\n"
         f"{inline(record.summary)} Family: [{record.family}](index.md#{record.family}).\n\n"
-        f"```python\nq_core.ops.{_signature(function)}\n```\n\n"
+        f"```python\nq_core.ops.{signature_of(function)}\n```\n\n"
         f"## Contract\n\n{to_markdown(inspect.getdoc(function) or '', _link, heading='###')}\n\n"
         f"## What holds for the family\n\n{_text(_module(record), _link)}\n\n"
         f"## For a backend\n\n"
         f"The function that serves it is marked with `@impl` and takes these arguments by name, in any order:\n\n"
-        f"```python\n{_signature(record.hook)}\n```\n\n"
+        f"```python\n{signature_of(record.hook)}\n```\n\n"
         f"| | |\n|---|---|\n{facts}\n\n"
         f"As a torch op: `{getattr(torch.ops.q, op).default._schema}`\n"
     )
@@ -77,14 +100,14 @@ def _facts(record: OpRecord) -> Iterator[tuple[str, str]]:
         yield "Agreement with the reference", "exact, bit for bit"
     else:
         rule = " ".join((inspect.getdoc(record.bound) or "").split())
-        yield "Agreement with the reference", f"within a [bound](index.md#tolerances). {cell(rule)}".strip()
+        yield "Agreement with the reference", f"within a [bound](index.md#tolerances). {cell(rule)}"
     yield "Gradient", _gradient(record)
     yield "Cast by autocast", _listed(record.autocast) or "nothing"
 
 
 def _gradient(record: OpRecord) -> str:
     if record.mutates:
-        return "none: it writes to its arguments, and refuses those that require one"
+        return "none: it writes to its arguments; outside of `torch.no_grad()` the torch op refuses those that require one"
     if record.gradient is None:
         return "none: a backward through it raises"
     return "q-core's formula; a backend has none to write"
@@ -115,22 +138,10 @@ def _text(described: object, link: Callable[[str], str | None] = lambda target: 
 
 def _link(target: str) -> str | None:
     name = target.rpartition(".")[2]
+    if target == "q_core.formats.codebooks":
+        return "index.md#code-books"
     return f"{name}.md" if name in RECORDS else None
 
 
 def _listed(arguments: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in arguments)
-
-
-def _signature(function: Callable[..., object]) -> str:
-    """A signature with an argument a line, annotations as they are in the source."""
-    signature = inspect.signature(function)
-    lines = []
-    keyword_only = False
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
-            keyword_only = True
-            lines.append("    *,")
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
-    return "\n".join([f"{function.__name__}(", *lines, f") -> {signature.return_annotation}"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from reference_pages import command, environment, operations
+from reference_pages import command, environment, operations, python
 
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
@@ -52,16 +52,22 @@ class Site:
         ops = [{"Ops": ["reference/ops/index.md", *(f"reference/ops/{op}.md" for op in operations.names())]}]
         others = [{page.title: uri} for uri, page in self._reference().items() if not uri.startswith("reference/ops/")]
         return [
-            {"Reference": [*ops, *others]},
+            {"Reference": ["reference/rules.md", *ops, *others]},
             {"Distributions": [{page.title: uri} for uri, page in self._distributions().items()]},
         ]
 
     def _reference(self) -> dict[str, Page]:
         core = "packages/q-core/src/q_core"
-        index = Page("Ops", operations.index(), (f"{core}/ops", f"{core}/ops/__init__.py", f"{core}/specs/bounds.py"))
+        on_index = ("ops", "ops/__init__.py", "specs/bounds.py", "formats/codebooks.py")
+        index = Page("Ops", operations.index(), tuple(f"{core}/{source}" for source in on_index))
         pages = {"reference/ops/index.md": index}
         pages |= {f"reference/ops/{op}.md": Page(op, operations.page(op)) for op in operations.names()}
         modules = tuple(path.relative_to(self._root).as_posix() for path in environment.modules(self._root))
+        pages["reference/backend.md"] = Page("What a backend is made of", python.backend_page(), (f"{core}/backend.py",))
+        suite = (f"{core}/testing/suite.py", f"{core}/testing")
+        pages["reference/conformance.md"] = Page("The conformance suite", python.conformance_page(), suite)
+        formats = (f"{core}/formats", f"{core}/formats/quantized_tensor.py", f"{core}/formats/checkpoint.py")
+        pages["reference/quantized-weights.md"] = Page("Quantized weights", python.quantized_weights_page(), formats)
         pages["reference/command.md"] = Page("The q-core command", command.page(), (f"{core}/cli", f"{core}/cli.py"))
         pages["reference/environment.md"] = Page("Environment variables", environment.page(self._root), modules)
         return pages

@@ -148,6 +148,11 @@ FAULTS = (
         ".reshape(n, H // G, G, D).transpose(2, 0, 1, 3)",
     ),
     _attention("the block table is read in the cache's order", ".to(torch.int64)", ".to(torch.int64).sort().values"),
+    _attention(
+        "the block table is read beyond a request's last block",
+        "block_tables[request, : -(-seq_len // S)]",
+        "block_tables[request]",
+    ),
     _attention("results are written into the queries", "out = np.zeros(q.shape)", "out = q"),
     _attention(
         "a request without queries ends the batch",

@@ -87,21 +87,81 @@ def test_a_known_failure_is_strict() -> None:
         Capabilities(backend="x", known_failures={"test_opcheck[gemm]": " "})
 
 
+def test_a_known_failure_is_reported_with_its_reason() -> None:
+    @impl
+    def silu_and_mul(x: Tensor) -> Tensor:
+        gate, up = x.float().nan_to_num().chunk(2, -1)
+        return (F.silu(gate) * up).to(x.dtype).contiguous()
+
+    report = report_of(silu_and_mul, known_failures={"test_non_finite_values[silu_and_mul]": "NaN is dropped on this chip"})
+    (result,) = report.ops
+    assert (result.state, [failure.test for failure in result.known]) == ("pass", ["test_non_finite_values"])
+    assert "test_non_finite_values: known to fail: NaN is dropped on this chip" in str(report)
+
+
 def test_a_promised_op_that_got_lost_fails() -> None:
     report = report_of(silu_and_mul, ops=("silu_and_mul", "gemm"))
     assert [failure.test for failure in report.failures] == ["test_promised_ops_are_implemented"]
 
 
-@pytest.mark.parametrize("cheat", ["def test_agreement(): pass", "del test_determinism"])
-def test_a_standard_test_may_not_be_overridden_or_removed(tmp_path: Path, cheat: str) -> None:
-    file = tmp_path / "test_cheat.py"
-    file.write_text(f"from q_core.testing.suite import *\n\nCAPABILITIES = Capabilities(backend='reference')\n{cheat}\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+CLAIM = "from q_core.testing.suite import *\n\nCAPABILITIES = Capabilities(backend='reference')\n"
+
+
+def run_pytest(folder: Path, *sources: str, only: str = "") -> str:
+    """What pytest says of test files of these sources, one by one in one process, and "exit code …"."""
+    files = [folder / f"test_vendor_{i}.py" for i in range(len(sources))]
+    for file, source in zip(files, sources, strict=True):
+        file.write_text(source)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    chosen = ["-k", only] if only else ["--collect-only"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-c", str(tmp_path / "pytest.ini"), str(file), "-k", "overridden"],
+        [sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), "--continue-on-collection-errors", *chosen, *files],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and "is overridden or removed" in done.stdout, done.stdout
+    return f"{done.stdout}\nexit code {done.returncode}"
+
+
+def test_a_standard_test_may_not_be_overridden_or_removed(tmp_path: Path) -> None:
+    cheats = {"test_agreement": "def test_agreement(): pass", "test_determinism": "del test_determinism", "target": "target = 1"}
+    said = run_pytest(tmp_path, *(CLAIM + cheat for cheat in cheats.values()), only="overridden")
+    for cheat in cheats:
+        assert f"{cheat} is overridden or removed" in said, said
+    assert "3 failed" in said and "exit code 1" in said
+
+
+def test_a_standard_test_may_not_be_skipped_and_the_backend_is_named(tmp_path: Path) -> None:
+    cheats = (
+        "pytestmark = pytest.mark.skip(reason='later')",
+        "pytestmark = [pytest.mark.xfail(reason='later')]",
+        "test_opcheck = pytest.mark.skipif(True, reason='later')(test_opcheck)",
+    )
+    nameless = "from q_core.testing.suite import *\n"
+    said = run_pytest(tmp_path, *(f"import pytest\n{CLAIM}{cheat}\n" for cheat in cheats), nameless)
+    for i, mark in enumerate(("skip", "xfail", "skipif")):
+        assert re.search(rf"test_vendor_{i}: test_\w+ is marked {mark}; a backend declines calls by its predicate", said), said
+    assert 'test_vendor_3: CAPABILITIES is missing; write CAPABILITIES = Capabilities(backend="…")' in said
+    assert "4 errors" in said
+
+
+ACME = """
+from q_core import Availability, Backend
+from q_core.registry import Registry, Source, set_registry
+from q_core.reference import backend as reference
+
+acme = Backend("acme", ("cpu",), 1, 5, lambda: Availability(True, ""), families=("q_core.reference.attention",))
+set_registry(Registry([Source("reference", "", lambda: reference), Source("acme", "", lambda: acme)], selected=None, fallback="allow"))
+"""
+
+
+def test_what_applies_to_no_op_is_not_collected(tmp_path: Path) -> None:
+    """Nor skipped: the ops of the attention family have no gradient and quantize nothing."""
+    (tmp_path / "conftest.py").write_text(ACME)
+    said = run_pytest(tmp_path, CLAIM.replace("reference", "acme"))
+    assert "exit code 0" in said
+    assert "test_agreement[paged_attention]" in said and "test_vmap[paged_attention]" in said
+    assert "test_vmap_of_what_is_mutated_raises[write_kv]" in said and "test_vmap[write_kv]" not in said
+    for absent in ("test_gradients", "test_zero_encodes_to_zero", "NOTSET", "rms_norm"):
+        assert absent not in said
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,15 @@ def test_what_breaks_the_contract_is_refused_with_names(kit: Kit, message: str, 
         expect_reference()
 
 
+def test_a_function_named_as_an_op_and_not_marked_is_refused(kit: Kit) -> None:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x
+
+    with installed_backends(kit.backend("acme", rms_norm)) as registry:
+        assert registry.backends[-1].state == "refused"
+        assert re.search(r"\.rms_norm has the name of an op; mark it with @impl, or rename it", registry.backends[-1].reason)
+
+
 def test_wrappers_are_refused(kit: Kit) -> None:
     import pluggy
 

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from q_core import bound, ops
 from q_core.samples.make import Make
 from q_core.specs import RECORDS, record_of
+from q_core.testing.agreement import map_call
+from q_core.testing.calls import bad_calls
 
 E = torch.empty
 META = E(3, device="meta")
@@ -98,3 +100,17 @@ def test_the_same_when_traced(op: str, change: dict[str, Any], error: type[Excep
         arguments = [fake(call[name]) for name in record_of(op).arguments]
         with pytest.raises((error, RuntimeError), match=message if "on meta" not in message else "device"):
             bound(op)(*arguments)
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_every_bad_call_is_the_same_when_traced(op: str) -> None:
+    """Otherwise a wrong K or mixed devices would pass, and a compiled graph would hand them to a kernel."""
+    record = record_of(op)
+    wrong = [bad for bad in bad_calls(record) if bad.what != "a number"]  # which the op's schema refuses
+    assert wrong
+    for bad in wrong:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            call = map_call(mode.from_tensor, bad.call)
+            with pytest.raises(type(bad.error)) as raised:
+                bound(op)(*(call[name] for name in record.arguments))
+        assert str(raised.value) == str(bad.error), f"{bad.argument} is {bad.what}"

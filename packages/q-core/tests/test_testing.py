@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from q_core import bound
 from q_core.samples.make import Make
@@ -78,7 +77,7 @@ def test_the_corners_are_touched(op: str) -> None:
     """By the table of samples in each layout alone, before anything is drawn."""
     record = record_of(op)
     calls = sample_calls(record, torch.float32)
-    laid = [laid_out(record, call, dict.fromkeys(tensor_names(call), layout)) for call in calls[:3] for layout in LAYOUTS]
+    laid = [laid_out(record, call, dict.fromkeys(tensor_names(call), layout)) for call in calls[:2] for layout in LAYOUTS[1:]]
     expected = {"zero-size", "odd", "strided", "misaligned"}
     if "blocksize" in record.arguments:
         expected.add("partial block")

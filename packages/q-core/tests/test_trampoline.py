@@ -1,4 +1,4 @@
-"""What stands between a call and its kernel: modes, subclasses and transforms see the op once, and a switch of backends disturbs no call."""
+"""What stands between a call and its kernel: modes and transforms see the op once; a switch of backends disturbs no call."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def own_half(x: Tensor) -> Tensor:
 # --- training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh_shape", [(2,), (1, 2)], ids=["FSDP", "HSDP"])
+@pytest.mark.parametrize("mesh_shape", [(2,), (1, 2), (2, 1)], ids=["FSDP", "HSDP", "HSDP in shards of one rank"])
 @formats
 @on_two_ranks
 def test_training_equals_the_single_process(format: str, mesh_shape: tuple[int, ...]) -> None:
@@ -724,6 +724,29 @@ def test_get_and_set_model_state_dict_without_processes(format: str) -> None:
     assert list(state) == list(source.state_dict())
     set_model_state_dict(target, state)
     assert_same_weights(target, source)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+@formats
+def test_on_one_rank(format: str, reshard: bool, one_rank: None) -> None:
+    """As where a program for many is tried out: torch gathers the first piece of a parameter alone there."""
+    x, target, mesh = torch.randn(8, 64), torch.randn(8, 64), init_device_mesh("cpu", (1,))
+    single, model = make_model(format), shard(make_model(format), mesh, reshard_after_forward=reshard)
+    assert torch.equal(torch.stack(train(model, x, target)), torch.stack(train(single, x, target)))
+    assert_same_weights(model, single)
+    for assign in (False, True):  # what was gathered before isn't what is gathered after
+        other = make_model(format.removesuffix(" double"), seed=1)
+        model.load_state_dict(shard(copy.deepcopy(other), mesh).state_dict(), assign=assign)
+        assert torch.equal(model(x), other(x))
+        model.load_state_dict(shard(copy.deepcopy(single), mesh).state_dict(), assign=assign)
+        assert torch.equal(model(x), single(x))
 
 
 def test_reshard_to_fewer_ranks_is_refused_by_torch() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -171,6 +172,32 @@ def test_a_compiled_layer_follows_the_layout(make: Callable[[], nn.Linear]) -> N
         torch.testing.assert_close(compiled(x), expected)
         compiled(x).sum().backward()
         prepack(layer)
+
+
+@makers
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused_until_the_weight_is_canonical(make: Callable[[], nn.Linear], strict: bool) -> None:
+    layer, x = make(), torch.randn(3, 64)
+    prepack(layer)
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match=r"doesn't leave the process; call .unpack\(\)"):
+        torch.export.export(layer, (x,), strict=strict)
+    layer.weight = held(layer).unpack()
+    program = copy.deepcopy(torch.export.export(layer, (x,), strict=strict))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@makers
+def test_distributed_checkpoints_are_canonical(make: Callable[[], nn.Linear], tmp_path: Path) -> None:
+    source, target, x = plain_scales(make), plain_scales(make), torch.randn(3, 64)
+    expected = source(x)
+    for layer in (source, target):
+        prepack(layer)
+    dcp.save(source.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = target.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    target.load_state_dict(state)
+    assert torch.equal(target(x), expected)
+    assert held(target).component_layout == LAYOUT
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

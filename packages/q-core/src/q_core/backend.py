@@ -54,7 +54,12 @@ class NoBackendError(BackendError):
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether a backend can work in this process, and why not if it can't."""
+    """Whether a backend can work in this process.
+
+    Attributes:
+        available: whether it can.
+        reason: by what (a driver, a version), or why not; ``q-core doctor`` prints it.
+    """
 
     available: bool
     reason: str
@@ -69,13 +74,15 @@ class Backend:
 
     Attributes:
         name: unique name, a Python identifier (``q_cpu``); ``Q_BACKENDS`` and ``use_backends`` select by it.
-        device_types: torch device types it serves (``("cpu",)``); ``None`` for all of them.
+        device_types: torch device types it serves (``("cpu",)``); ``None`` for all of them. That of a device behind ``PrivateUse1`` is the
+            name which ``torch.utils.rename_privateuse1_backend`` gave it.
         surface_version: version of the op surface it was written for; one newer than q-core's is refused.
         priority: higher is asked first; two backends of equal priority may not serve the same op on one device type.
         probe: tells whether it can work here. Called once, when an op is first needed; may import drivers then.
         families: modules that hold the implementations, imported only after the probe said yes.
         summary: a line for ``q-core doctor``.
-        layouts: private weight layouts that its ``prepack_weight`` makes, each ``<name of the backend>.<name>``.
+        layouts: private weight layouts that its ``prepack_weight`` makes and its ``unpack_weight`` undoes, each
+            ``<name of the backend>.<name>``.
     """
 
     name: str
@@ -110,12 +117,12 @@ def impl(function: Function | None = None, *, accepts: Accepts | None = None) ->
     """Mark a function as the implementation of the op of the same name.
 
     The function takes the hook's arguments by the hook's names, in any order, and without defaults. It may leave out arguments that
-    have a neutral value (``OpRecord.neutral``); a call with another value then goes to the next backend.
+    have a neutral value ("May be left out" on the op's page); a call with another value then goes to the next backend.
 
     Args:
         accepts: capability predicate, a function of any of the op's arguments (by name). It returns ``None`` if the
             implementation can serve the call, or the reason why not, in words. It sees meta tensors when explained,
-            so it may ask for shapes, strides and dtypes, not for values.
+            so it may ask for shapes, strides, dtypes and settings, not for values. Without one every call is accepted.
     """
 
     def mark(f: Function) -> Function:

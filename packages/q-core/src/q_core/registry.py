@@ -25,6 +25,7 @@ from q_core.backend import (
     ENTRY_POINT_GROUP,
     SURFACE_VERSION,
     Accepts,
+    Availability,
     Backend,
     BackendConflictError,
     BackendError,
@@ -102,9 +103,15 @@ def _implementations(backend: Backend) -> Iterator[Implementation]:
     for module_name in backend.families:
         module = importlib.import_module(module_name)
         for name, function in vars(module).items():
-            options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
             # A family may import another's function to call it: only a module's own ones are registered.
-            if not isinstance(options, dict) or getattr(function, "__module__", None) != module_name:
+            if getattr(function, "__module__", None) != module_name:
+                continue
+            options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
+            if not isinstance(options, dict):
+                if name in RECORDS:
+                    raise BackendError(
+                        f"{backend.name}: {module_name}.{name} has the name of an op; mark it with @impl, or rename it."
+                    )
                 continue
             if name not in RECORDS:
                 raise BackendError(f"{backend.name}: {module_name}.{name} is not an op of the surface: {', '.join(RECORDS)}.")
@@ -164,6 +171,8 @@ class Registry:
                     f"written for surface version {backend.surface_version}, this q-core has {SURFACE_VERSION}: update q-core"
                 )
             availability = backend.probe()
+            if not isinstance(availability, Availability):
+                raise BackendError(f"its probe gives {availability!r}, expected a q_core.backend.Availability")
             if not availability:
                 return LoadedBackend(backend.name, source.distribution, "unavailable", availability.reason, backend)
             implementations = {implementation.op: implementation for implementation in _implementations(backend)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from q_core.formats.codebooks import FourBitType
 from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
-from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.formats.quantized_tensor import QuantizedTensor, held_components
 from q_core.formats.quantized_tensor import linear as product
 from q_core.formats.sharding import local_shard
 from q_core.formats.weight_format import WeightFormat
@@ -243,7 +243,8 @@ class Linear8bitLt(QuantizedLinear):
         if self._activations == "native":
             return super().forward(input)
         weight: Any = self.weight
-        return int8_matmul(input, weight.codes, weight.absmax, self.bias, weight.component_layout)
+        held = held_components(weight)
+        return int8_matmul(input, held["codes"], held["absmax"], self.bias, weight.component_layout)
 
 
 def _four_bit(quant_type: FourBitType, blocksize: int, double_quant: bool) -> FourBit:

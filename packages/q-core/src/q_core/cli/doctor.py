@@ -37,6 +37,7 @@ def report(device: str) -> dict[str, Any]:
             "summary": loaded.backend.summary if loaded.backend else "",
             "priority": loaded.backend.priority if loaded.backend else None,
             "ops": sorted(loaded.implementations),
+            "layouts": list(loaded.backend.layouts) if loaded.backend else [],
             "traceback": loaded.traceback,
         }
         for loaded in registry().backends
@@ -78,7 +79,8 @@ def _print(report: dict[str, Any]) -> None:
     for backend in sorted(report["backends"], key=lambda b: -(b["priority"] if b["priority"] is not None else 0)):
         print(f"  {backend['name']} ({backend['distribution']}): {backend['state']}, {backend['reason']}")
         if backend["summary"]:
-            print(f"      {backend['summary']}; {len(backend['ops'])} ops here")
+            layouts = f"; weight layouts {', '.join(backend['layouts'])}" if backend["layouts"] else ""
+            print(f"      {backend['summary']}; {len(backend['ops'])} ops here{layouts}")
         if backend["traceback"]:
             print("      " + backend["traceback"].rstrip().replace("\n", "\n      "))
     print(f"\nOps on {report['device']}: who serves a sample call; `q-core explain OP` tells more")

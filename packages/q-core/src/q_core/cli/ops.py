@@ -8,16 +8,17 @@ from typing import Any
 
 from q_core.cli.options import add_json
 
-HELP = "every op of the surface: what it does, its schema, what it mutates, what a backend may leave out"
+HELP = "every op of the surface; of one its schema and contract, what it mutates, what a backend may leave out"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", help="one op only, with its whole contract")
+    parser.add_argument("op", nargs="?", help="one op only, with its whole contract and what holds for its family")
     add_json(parser)
 
 
 def report(op: str | None) -> list[dict[str, Any]]:
     """The records of all ops, or of one, as plain data."""
+    import importlib
     import inspect
 
     import torch
@@ -37,6 +38,7 @@ def report(op: str | None) -> list[dict[str, Any]]:
             "gradient": record.gradient is not None,
             "exact": record.bound is None,
             "contract": inspect.getdoc(getattr(ops, record.name)),
+            "holds": inspect.getdoc(importlib.import_module(f"q_core.ops.{record.family}")),
         }
         for record in (RECORDS.values() if op is None else [record_of(op)])
     ]
@@ -48,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     elif arguments.op:
         (op,) = found
-        print(f"{op['schema']}\n\n{op['contract']}")
+        print(f"{op['schema']}\n\n{op['contract']}\n\n{op['family']}: {op['holds']}\n")
+        print(f"Mutates: {', '.join(op['mutates']) or 'nothing'}.")
+        print(f"A backend may leave out: {', '.join(f'{name} ({value})' for name, value in op['neutral'].items()) or 'nothing'}.")
+        print(f"Agreement with the reference: {'exact' if op['exact'] else 'within a bound, see q_core.specs.bounds'}.")
     else:
         width = max(len(op["op"]) for op in found)
         for op in found:

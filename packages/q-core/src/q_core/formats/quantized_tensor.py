@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.layouts import CANONICAL
 from q_core.specs.check import short
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What torch.nn calls on a weight, above autograd."""
@@ -42,7 +45,7 @@ class QuantizedTensor(torch.Tensor):
         shape, dtype: of the weight it decodes to.
         component_layout: that the component tensors are held in: ``q_core.layouts.CANONICAL``, or a backend's own. As they are held, they
             are attributes, such as ``weight.absmax``. (Tensors have a ``layout`` of torch's already.)
-        components: the component tensors by name, in the canonical layout.
+        components: the component tensors by name, in the canonical layout; unpacked anew each time if that isn't the one they are held in.
     """
 
     format: WeightFormat
@@ -217,11 +220,18 @@ class QuantizedTensor(torch.Tensor):
     # --- FSDP2 ------------------------------------------------------------------------------------------------------
 
     def fsdp_pre_all_gather(
-        self, mesh: object, outer_size: torch.Size, outer_stride: object, module: object, mp_policy: Any
+        self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: object, module: object, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], tuple[WeightFormat, torch.Size, torch.dtype]]:
-        """A shard's components, flat: shards are whole rows of whole blocks, so one after the other they are the whole's."""
-        components = tuple(component.reshape(-1) for component in self.components.values())
-        return components, (self.format, outer_size, mp_policy.param_dtype or self.dtype)
+        """A shard's components, flat: shards are whole rows of whole blocks, so one after the other they are the whole's.
+
+        On a mesh of one rank fully_shard takes the first tensor alone, so all of them are joined there.
+        """
+        components = self.components
+        if mesh.size() == 1:
+            flat: tuple[Tensor, ...] = (sharding.join(components),)
+        else:
+            flat = tuple(component.reshape(-1) for component in components.values())
+        return flat, (self.format, outer_size, mp_policy.param_dtype or self.dtype)
 
     def fsdp_post_all_gather(
         self,
@@ -245,8 +255,11 @@ class QuantizedTensor(torch.Tensor):
                     f"{short(dtype)} now; cast or load it before the first forward"
                 )
             return None
-        shapes = {name: component.shape for name, component in format.empty(shape, "meta").items()}
-        components = {name: part.view(shapes[name]) for name, part in zip(format.component_names, gathered, strict=True)}
+        empty = format.empty(shape, "meta")
+        if len(gathered) == 1:
+            components = sharding.take_apart(gathered[0], empty)
+        else:
+            components = {name: part.view(empty[name].shape) for name, part in zip(empty, gathered, strict=True)}
         return QuantizedTensor(components, format, shape, dtype), ()
 
 
@@ -257,7 +270,8 @@ def held_components(weight: QuantizedTensor) -> dict[str, Tensor]:
         ValueError: torch.export is at work on a private layout. A copy of the program, or one that was saved, would hold canonical
             components, and read them as private ones.
     """
-    if weight.component_layout != CANONICAL and torch.compiler.is_exporting():
+    # The flag, because torch 2.11's compiler takes is_exporting() for true.
+    if weight.component_layout != CANONICAL and torch.compiler._is_exporting_flag:
         raise ValueError(
             f"torch.export: a weight is held in the layout {weight.component_layout!r}, which doesn't leave the process; "
             "call .unpack() on it first"

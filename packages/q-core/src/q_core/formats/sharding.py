@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from q_core.formats.quantized_tensor import OPERATORS, QuantizedTensor, alias, held_components, map_components, resolve, unsupported
+from q_core.formats.weight_format import Components
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -123,6 +124,27 @@ OPERATORS.update(
         aten.cat.default: _cat,
     }
 )
+
+
+# --- what a rank gathers from itself alone --------------------------------------------------------------------------------
+
+
+def join(components: Components) -> torch.Tensor:
+    """All components in one tensor of bytes, those of the widest elements first, so that each stays aligned."""
+    return torch.cat([component.reshape(-1).view(torch.uint8) for component in _widest_first(components).values()])
+
+
+def take_apart(joined: torch.Tensor, like: Components) -> dict[str, torch.Tensor]:
+    """The components in what :func:`join` gave, as views; ``like`` has their dtypes and shapes."""
+    components, start = {}, 0
+    for name, component in _widest_first(like).items():
+        components[name] = joined[start : start + component.nbytes].view(component.dtype).view(component.shape)
+        start += component.nbytes
+    return components
+
+
+def _widest_first(components: Components) -> Components:
+    return dict(sorted(components.items(), key=lambda item: -item[1].itemsize))
 
 
 # --- what DTensor.full_tensor() gathers with ------------------------------------------------------------------------------

@@ -31,11 +31,12 @@ def write_kv(
 
     An int8 or float8_e4m3fn cache holds codes with one scale a token and head, the absmax of its D values: ``x ≈ code * absmax / peak``
     with a peak of 127 or 448. In float32, each step rounded: ``code = round(x * (peak / absmax))``, half to even, or of
-    ``x / absmax * peak`` where peak / absmax overflows; where absmax is zero or not finite all codes are 0.
+    ``x / absmax * peak`` where peak / absmax overflows, rounded to the nearest code of the dtype; where absmax is zero or not finite
+    (NaN if any value is, else infinity) all codes are 0, and the scale is stored as it is.
 
     Args:
         k_TGD, v_TGD: float32, bfloat16 or float16 [T, G, D], any strides.
-        k_cache_BGSD, v_cache_BGSD: the same dtype, or both int8, or both float8_e4m3fn [B, G, S, D], contiguous; mutated.
+        k_cache_BGSD, v_cache_BGSD: k's and v's dtype, or both int8, or both float8_e4m3fn [B, G, S, D], contiguous; mutated.
         slot_mapping: int64 [T], slot of each token; a negative one skips its token. Slots are distinct and below B * S (the values
             are the caller's promise: checking them would wait for the device).
         k_scale_BGS, v_scale_BGS: float32 [B, G, S], contiguous, of a quantized cache, and only of one; mutated.
@@ -70,7 +71,7 @@ def paged_attention(
     The queries of request r are rows ``query_start[r]…query_start[r+1]-1`` of ``q_THD`` and stand at the *last* positions of its
     sequence of ``seq_lens[r]`` tokens, all of which are in the cache (write first, then attend). Query head h reads kv head
     ``h // (H / G)``. Scores and softmax are float32 or better. What lies outside of a request's sequence, or before the windows of all its
-    queries, has no influence, NaN or not.
+    queries, has no influence, NaN or not. A NaN in the sequence that the mask hides from a query may reach it or not.
 
     Args:
         q_THD: float32, bfloat16 or float16 [T, H, D], H a multiple of G.

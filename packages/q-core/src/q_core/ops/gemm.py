@@ -5,7 +5,7 @@ and bias enter before the one rounding to the output's dtype.  The gradient goes
 to codes or scales. Under autocast ``x``, a dense weight and ``bias`` are cast; codes and scales are not.
 
 A weight is in the canonical layout, or in a private one of a backend, brought there by :func:`prepack_weight` and named by ``layout``;
-only that backend serves a call then. A layout's name is ``<backend>.<name>``.
+only that backend serves a call then. A layout's name is ``<backend>.<name>``. In a backward q-core unpacks the weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gemm(x_TK: Tensor, w_NK: Tensor, *, bias: Tensor | None = None, layout: str 
         x_TK: float32, bfloat16 or float16 [..., K].
         w_NK: x's dtype [N, K].
         bias: x's dtype [N].
-        layout: of the weight.
+        layout: of the weight, as :func:`prepack_weight` gave it.
 
     Returns:
         Tensor [..., N] of x's dtype, contiguous.
@@ -71,7 +71,7 @@ def gemm_4bit(
         activations: "native", or "int8" to trade accuracy for speed: rows of x are quantized on the way in by the rule of
             :func:`q_core.ops.quantize_int8_rowwise`, and the values of the code book may be rounded to 1/127ths of the block's absmax, so
             that products are those of integers. The gradient is that of the native product.
-        layout: of the weight.
+        layout: of the weight, as :func:`prepack_weight` gave it.
 
     Returns:
         Tensor [..., N] of x's dtype, contiguous.
@@ -101,7 +101,7 @@ def int8_gemm(
         b_scale: float32 [N], row absmax of b.
         bias: float32, bfloat16 or float16 [N].
         dtype: float32, bfloat16 or float16.
-        layout: of b.
+        layout: of b and its scale, as :func:`prepack_weight` gave them.
 
     Returns:
         Tensor [..., N] of ``dtype``, contiguous. It has no gradient: a backward through it raises.
@@ -118,7 +118,7 @@ def gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, *, bias: Tenso
         w_NK: int8 [N, K].
         w_scale: float32 [N], row absmax of the weight.
         bias: x's dtype [N].
-        layout: of the weight.
+        layout: of the weight, as :func:`prepack_weight` gave it.
 
     Returns:
         Tensor [..., N] of x's dtype, contiguous.
@@ -134,13 +134,16 @@ def prepack_weight(
     """Bring a weight from the canonical layout into a backend's own.
 
     A private layout orders the same elements otherwise: each tensor keeps its dtype and its shape, and :func:`unpack_weight` gives back
-    every bit. It belongs to one process and one device; whatever is saved or moved is canonical.
+    every bit, those of padding included. It belongs to one process and one device; whatever is saved or moved is canonical.
+
+    A backend serves its layouts' names with this op, with :func:`unpack_weight` and with the products that read them, and lists them in
+    ``Backend.layouts``. A format that it doesn't pack, its predicate declines.
 
     Args:
         tensors: what the weight consists of: "dense" [weight], "int8" [codes, absmax], a 4-bit type [packed, absmax].
         format: how it is held.
         shape: (N, K).
-        layout: name of the layout, ``<backend>.<name>``; ``q_core.backend.Backend.layouts`` of the backends lists them.
+        layout: name of the layout, ``<backend>.<name>``, one of those that an installed backend lists. "canonical" copies.
         blocksize: elements a block of a 4-bit type.
 
     Returns:

@@ -1,7 +1,8 @@
 """Optimizer steps over lists of tensors: one call a parameter group, one pass over memory.
 
 The update rules, in float32 whatever the parameter's dtype, with t = ``step`` counted from 1, m = state1, v = state2, n = state3, and
-"decay" the decoupled ``p *= 1 - lr * weight_decay`` before the update; all others add ``weight_decay * p`` to g first:
+"decay" the decoupled ``p *= 1 - lr * weight_decay`` before the update; of the others all but
+"lamb" add ``weight_decay * p`` to g first:
 
 - "adamw" (arXiv 1711.05101): decay; ``m = beta1 m + (1 - beta1) g``; ``v = beta2 v + (1 - beta2) g²``;
   ``p -= lr (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)``.
@@ -18,8 +19,8 @@ The update rules, in float32 whatever the parameter's dtype, with t = ``step`` c
 - "lars" (arXiv 1708.03888): g, with weight_decay p added, times ``trust_coefficient |p| / (|g| + weight_decay |p| + eps)``, |g| before the
   addition; then as sgd.
 
-The norms of lamb and lars are over a whole tensor; where one is zero the ratio is 1. Zero over zero is zero, so a parameter whose
-gradient and states are zero and which has no weight decay doesn't change.
+The norms of lamb and lars are over a whole tensor; where one is zero the ratio (for lars the factor of g) is 1. Zero over zero is zero, so
+a parameter whose gradient and states are zero and which has no weight decay doesn't change.
 """
 
 from __future__ import annotations

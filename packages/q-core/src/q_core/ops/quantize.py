@@ -3,14 +3,15 @@
 Block-wise formats share one rule.  A tensor is read flat, row-major, in blocks of ``blocksize`` (the last may be partial; blocks may
 straddle rows).  In float32, each step rounded: ``absmax = max |x|`` of the block and ``s = x * (1 / absmax)`` clamped to [-1, 1], or
 ``s = x / absmax`` where absmax is below the smallest normal float32.  The code is that of the nearest code-book entry by the float32
-midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.
+midpoints ``(c[i] + c[i+1]) / 2``; on a tie the lower entry.  So codes are bit-equal on every backend.  The code books of the 4-bit
+types are in :mod:`q_core.formats.codebooks`; one that a caller passes is sorted and holds 0 (the caller's promise).
 
 Two 4-bit types have scales of a smaller set, which can be stored in a byte; their "absmax" is the scale times the largest value of the
 code book, and what lies beyond is clamped:
 
 - "mxfp4": ``6 * 2^e`` with the smallest e in -127…125 for which that is not below the block's absmax (OCP Microscaling Formats 1.0, with
   the exponent rounded up, so that nothing is clamped).
-- "nvfp4": ``6 * (t * d)``: t = the tensor's largest absmax / 2688, d = absmax / (6 t) rounded to E4M3, from 2^-9 to 448.
+- "nvfp4": ``6 * (t * d)``: t = the tensor's largest finite absmax / 2688, d = absmax / (6 t) rounded to E4M3, from 2^-9 to 448.
 
 "int4" has plain scales; its codes are the integers plus 8. In all formats:
 
@@ -136,7 +137,7 @@ def quantize_int8_rowwise(A_TK: Tensor, *, threshold: float = 0.0) -> tuple[Tens
     A column is an outlier if any ``|x| >= threshold`` in it. An element at or above the threshold doesn't count towards its row's
     absmax; outlier columns are zero in the codes. In float32, each step rounded: ``q = round_half_even(x * (127 / absmax))``, or
     ``round_half_even(x / absmax * 127)`` where 127 / absmax overflows, clamped to ±127; ``x ≈ q * absmax / 127``. A row whose absmax is
-    not finite (NaN if any counted element is NaN, else infinity) has all codes 0 and so decodes to NaN.
+    zero has all codes 0, and so has one whose absmax is not finite (NaN if any counted element is NaN, else infinity): it decodes to NaN.
 
     Args:
         A_TK: float32, bfloat16 or float16 [..., K], any strides.

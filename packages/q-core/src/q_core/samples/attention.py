@@ -52,6 +52,12 @@ def draw_write(make: Make) -> tuple[int, int, int, int]:
 CODE_DTYPES = (None, torch.int8, torch.float8_e4m3fn)
 """Dtypes of a cache; ``None`` for that of its keys and values."""
 
+HALF_WAY = {
+    torch.int8: (254.0, *range(-253, 254, 2)),
+    torch.float8_e4m3fn: (448.0, *(code + 16 for code in range(256, 448, 32)), *(code + 8 for code in range(128, 256, 16))),
+}
+"""An absmax, and values half-way between two codes, where the last bit of peak / absmax decides."""
+
 
 def _cache(make: Make, *shape: int, dtype: torch.dtype, codes: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """A cache [B, G, S, D] with content, and its scales if it holds codes."""
@@ -73,6 +79,15 @@ def write_kv(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                 "slot_mapping": torch.where(torch.arange(tokens) == 2, -1, slots),
                 "k_scale_BGS": k_scale, "v_scale_BGS": v_scale,
             }  # fmt: skip
+    for code_dtype, values in HALF_WAY.items():
+        tokens, D = 64, len(values)
+        new = (torch.arange(1.0, tokens + 1)[:, None] * torch.tensor(values)).to(dtype)[:, None]
+        caches = [torch.zeros(tokens // 16, 1, 16, D, dtype=code_dtype) for _ in "kv"]
+        scales = [torch.zeros(tokens // 16, 1, 16) for _ in "kv"]
+        yield {
+            "k_TGD": new, "v_TGD": -new, "k_cache_BGSD": caches[0], "v_cache_BGSD": caches[1],
+            "slot_mapping": torch.arange(tokens), "k_scale_BGS": scales[0], "v_scale_BGS": scales[1],
+        }  # fmt: skip
 
 
 def _attention(make: Make, dtype: torch.dtype, batch: Batch, codes: torch.dtype | None = None, **changes: Any) -> dict[str, Any]:

@@ -33,12 +33,14 @@ def _absolute(tensor: Tensor | None) -> Tensor | None:
 
 
 def gemm(arguments: Arguments, expected: Tensor) -> Tensor:
+    """The magnitude is the sum of the products' absolute values, and of the bias's."""
     x, w, bias = arguments["x_TK"], arguments["w_NK"], arguments["bias"]
     magnitude = torch.nn.functional.linear(x.double().abs(), w.double().abs(), _absolute(bias))
     return _tolerance(magnitude, x.dtype)
 
 
 def gemm_4bit(arguments: Arguments, expected: Tensor) -> Tensor:
+    """As gemm's with the decoded weight; with int8 activations half a step of the code book an element more."""
     weight = reference_gemm.decode_weight(arguments, torch.float64)
     bound = gemm({"x_TK": arguments["x_TK"], "w_NK": weight, "bias": arguments["bias"]}, expected)
     if arguments["activations"] == "native":
@@ -50,6 +52,7 @@ def gemm_4bit(arguments: Arguments, expected: Tensor) -> Tensor:
 
 
 def gemm_int8_weight(arguments: Arguments, expected: Tensor) -> Tensor:
+    """As gemm's with the decoded weight."""
     weight = arguments["w_NK"].double() * (arguments["w_scale"].double() / 127)[:, None]
     return gemm({"x_TK": arguments["x_TK"], "w_NK": weight, "bias": arguments["bias"]}, expected)
 
@@ -153,6 +156,7 @@ def fused_moe(arguments: Arguments, expected: Tensor) -> Tensor:
 
 
 def rms_norm(arguments: Arguments, expected: Tensor) -> Tensor:
+    """The magnitude is the result's own: nothing cancels."""
     return _tolerance(expected, arguments["x"].dtype)
 
 
@@ -166,6 +170,7 @@ def add_rms_norm(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> tuple
 
 
 def rotary_embedding(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The magnitude is the sum of the two terms' absolute values."""
     q, k, positions, cos, sin, interleaved = (
         arguments[name] for name in ("q_THD", "k_TGD", "positions", "cos", "sin", "interleaved")
     )
@@ -179,6 +184,7 @@ def rotary_embedding(arguments: Arguments, expected: tuple[Tensor, Tensor]) -> t
 
 
 def silu_and_mul(arguments: Arguments, expected: Tensor) -> Tensor:
+    """The magnitude is the result's own: nothing cancels."""
     return _tolerance(expected, arguments["x"].dtype)
 
 

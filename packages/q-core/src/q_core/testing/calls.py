@@ -219,7 +219,7 @@ def _wrong_settings(value: Any) -> Iterator[tuple[str, Any]]:
         yield "no such name", "nonesuch"
     elif isinstance(value, torch.dtype):
         yield "another dtype", torch.complex64
-    elif isinstance(value, list):
+    elif isinstance(value, list) and value:
         yield "a length too many", [*value, 3]
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield "negative", type(value)(-1)

@@ -41,6 +41,7 @@ class OpResult:
         passed: number of tests that passed.
         declined: why calls were declined, in the backend's words.
         failures: tests that failed.
+        known: tests that failed as ``Capabilities.known_failures`` says, with the reason that is given there.
     """
 
     op: str
@@ -48,6 +49,7 @@ class OpResult:
     passed: int
     declined: tuple[str, ...]
     failures: tuple[Failure, ...]
+    known: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Report:
             declined = f"; declined: {'; '.join(result.declined)}" if result.declined else ""
             lines.append(f"  {result.op:<{width}}  {result.state:<8}  {result.passed} tests passed{declined}")
             lines += [f"  {'':<{width}}    {failure.test}: {failure.message}" for failure in result.failures]
+            lines += [f"  {'':<{width}}    {failure.test}: known to fail: {failure.message}" for failure in result.known]
         lines += [f"  {failure.test}: {failure.message}" for failure in self.failures]
         if self.absent:
             lines.append(f"not implemented, the next backend serves: {', '.join(self.absent)}")
@@ -98,6 +101,7 @@ class _Collector:
         self.passed: dict[str | None, int] = {}
         self.declined: dict[str | None, dict[str, None]] = {}
         self.failures: dict[str | None, list[Failure]] = {}
+        self.known: dict[str | None, list[Failure]] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if not hasattr(item, "callspec") or item.callspec.params["op"] in self._ops]
@@ -110,6 +114,8 @@ class _Collector:
                 self.declined.setdefault(op, {}).update(dict.fromkeys(map(str, value)))
         if report.failed:
             self.failures.setdefault(op, []).append(Failure(test, _message(report.longrepr)))
+        elif report.skipped and hasattr(report, "wasxfail"):
+            self.known.setdefault(op, []).append(Failure(test, report.wasxfail))
         elif report.passed and report.when == "call":
             self.passed[op] = self.passed.get(op, 0) + 1
 
@@ -164,7 +170,7 @@ def _result(op: str, collector: _Collector) -> OpResult:
     served = collector.passed.get(op, 0)
     agreed = op not in collector.declined or served > len(_WITHOUT_CALLS)
     state: State = "failed" if failures else "pass" if agreed else "declined"
-    return OpResult(op, state, served, declined, failures)
+    return OpResult(op, state, served, declined, failures, tuple(collector.known.get(op, ())))
 
 
 _WITHOUT_CALLS = ("test_bad_arguments", "test_predicate_answers_without_values")

@@ -94,7 +94,9 @@ def test_promised_ops_are_implemented(request: pytest.FixtureRequest) -> None:
     implemented = set(implementations(capabilities))
     assert implemented, f"{capabilities.backend} implements no op"
     if capabilities.ops is not None:
-        assert implemented == set(capabilities.ops), f"{capabilities.backend} implements {sorted(implemented)}"
+        lost, unnamed = sorted(set(capabilities.ops) - implemented), sorted(implemented - set(capabilities.ops))
+        assert not lost, f"{capabilities.backend} doesn't implement {', '.join(lost)}, which Capabilities.ops promises"
+        assert not unnamed, f"{capabilities.backend} implements {', '.join(unnamed)}, which Capabilities.ops doesn't name: add it"
 
 
 def test_no_standard_test_is_overridden(request: pytest.FixtureRequest) -> None:

@@ -27,7 +27,7 @@ def test_bad_arguments(target: Target) -> None:
 
 
 def test_predicate_answers_without_values(target: Target) -> None:
-    """The predicate says the same of tensors without values as of real ones: ``q-core explain`` and tracing ask it so.
+    """The predicate says the same of tensors without values as of real ones: ``q-core explain`` asks it so.
 
     Mend: let ``accepts`` ask for shapes, strides and dtypes only, and return None or a reason in words.
     """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from q_core.record import OpRecord
 from q_core.testing.agreement import copy_call, map_tensors, same_bits, tensors_of
 from q_core.testing.calls import Call, activation, sample_calls
 from q_core.testing.standard.applies import only_ops
+from q_core.testing.standard.quiet import without_torchs_warnings
 from q_core.testing.target import Target
 
 
@@ -30,15 +28,6 @@ def test_opcheck(target: Target) -> None:
             tensor.requires_grad_()
         torch.library.opcheck(getattr(torch.ops.q, target.record.name).default, tuple(used[n] for n in target.record.arguments))
     target.finish()
-
-
-@contextlib.contextmanager
-def _without_torchs_warnings() -> Iterator[None]:
-    """What torch deprecates of itself, and that vmap of an operator is a loop, is no fault of a backend under ``-W error``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield
 
 
 class _Layer(torch.nn.Module):
@@ -59,7 +48,7 @@ def test_export(target: Target) -> None:
     """
     for call in target.first_served():
         inputs, expected, got = ({n: v for n, v in copy_call(call).items() if tensors_of(v)} for _ in range(3))
-        with _without_torchs_warnings():
+        with without_torchs_warnings():
             program = torch.export.export(_Layer(target, call), (inputs,), strict=False)
         called = [node.target for node in program.graph.nodes if node.op == "call_function"]
         assert target.function in called or target.record.mutates, f"{target.record.name}{call!r}: exported as {called}"
@@ -75,7 +64,7 @@ def test_autocast(target: Target) -> None:
     Mend: q-core casts; a backend in plain torch fails if it computes by operators that autocast changes again.
     """
     device_type = torch.device(target.capabilities.device).type
-    for call in sample_calls(target.record, torch.float32, target.capabilities.device):
+    for call in sample_calls(target.record, torch.float32, target.capabilities.device, most=6):
         cast = Call(call | {name: map_tensors(Tensor.bfloat16, call[name]) for name in target.record.autocast})
         if target.serves(cast):
             expected = target.run(copy_call(cast))
@@ -108,7 +97,7 @@ def _takes_lists(record: OpRecord) -> bool:
 
 
 def _mapped(target: Target, call: Call, name: str, batch: Any) -> Any:
-    with _without_torchs_warnings():
+    with without_torchs_warnings():
         return torch.vmap(lambda value: target.function(*(Call(call | {name: value})[n] for n in target.record.arguments)))(batch)
 
 

@@ -16,6 +16,7 @@ from q_core.specs import bounds
 from q_core.testing.agreement import map_call, map_tensors, reference_function, same_bits, same_layout, tensors_of
 from q_core.testing.calls import Call, sample_calls
 from q_core.testing.standard.applies import only_ops
+from q_core.testing.standard.quiet import without_torchs_warnings
 from q_core.testing.target import Target
 
 
@@ -92,7 +93,7 @@ def test_gradients_under_autocast(target: Target) -> None:
     """
     record = target.record
     device_type = torch.device(target.capabilities.device).type
-    for call in sample_calls(record, torch.float32, target.capabilities.device):
+    for call in sample_calls(record, torch.float32, target.capabilities.device, most=6):
         cast = Call(call | {name: map_tensors(Tensor.bfloat16, call[name]) for name in record.autocast})
         if target.serves(cast):
             names = _inputs(record, call)
@@ -125,7 +126,7 @@ def test_forward_mode_raises(target: Target) -> None:
         floating = [name for name, value in call.items() if any(tensor.is_floating_point() for tensor in tensors_of(value))]
         assert floating, f"{target.record.name} takes no values"
         for name in floating:
-            with forward_ad.dual_level():
+            with forward_ad.dual_level(), without_torchs_warnings():
                 dual = map_tensors(_with_tangent, call[name])
                 with pytest.raises(RuntimeError, match=f"{target.record.name} has no forward-mode derivative"):
                     target.run(call | {name: dual})

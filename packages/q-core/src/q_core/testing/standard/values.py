@@ -50,9 +50,9 @@ def test_layouts(target: Target) -> None:
 
     Mend: read through strides and the storage offset, or take ``.contiguous()`` of what is only read.
     """
-    for dtype in FLOATS:
-        for call in sample_calls(target.record, dtype, target.capabilities.device, most=3):
-            for layout in LAYOUTS:
+    for dtype in FLOATS[:2]:
+        for call in sample_calls(target.record, dtype, target.capabilities.device, most=2):
+            for layout in LAYOUTS[1:]:  # the samples lie plainly
                 laid = laid_out(target.record, call, {name: layout for name in call if tensors_of(call[name])})
                 if target.serves(laid):
                     messages = target.disagreements(laid)
