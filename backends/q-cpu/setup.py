@@ -33,7 +33,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # Rounding is specified step by step, so no contraction; errno and trapping keep loops from being vectorized and change no result.
 KERNEL_FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-    "-Wall", "-Wextra", "-Wno-maybe-uninitialized",  # the last: gcc 12 warns of its own AVX-512 headers
+    "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # the last: gcc 12 warns of its own AVX-512 headers
 )  # fmt: skip
 
 KERNELS = Path("csrc/kernels")

@@ -16,6 +16,7 @@ OPS = (
     "quantize_4bit",
     "dequantize_4bit",
     "quantize_int8_rowwise",
+    "gemm",
     "gemm_4bit",
     "int8_gemm",
     "optimizer_step_8bit",

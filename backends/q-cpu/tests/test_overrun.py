@@ -104,14 +104,23 @@ def test_quantize_int8_rowwise(place, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gemm_4bit(place, dtype):
-    for K in [*range(1, 70), 511, 512, 513, 529, 1023]:
-        T, N = 1 + K % 6, 1 + K % 11
+    for K in [*range(1, 70), *range(72, 140, 8), 511, 512, 513, 529, 1023, 1032]:
+        for blocksize, T in ((16, 1), (32, 1 + K % 8), (64, 10)):
+            N = 1 + K % 11
+            p = place()
+            packed = p(torch.randint(0, 256, (math.ceil(N * K / 2),), dtype=u8))
+            absmax = p(torch.rand(-(-N * K // blocksize)))
+            x, bias, out = p(torch.randn(T, K).to(dtype)), p(torch.randn(N).to(dtype)), p(torch.zeros(T, N, dtype=dtype))
+            native.gemm_4bit(x, packed, absmax, blocksize, "fp4", T, N, K, bias, out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm(place, dtype):
+    for K in [*range(1, 132), 511, 512, 513, 529, 1023]:
+        T, N = 1 + K % 9, 1 + K % 7
         p = place()
-        packed = p(torch.randint(0, 256, (math.ceil(N * K / 2),), dtype=u8))
-        absmax = p(torch.rand(-(-N * K // 32)))
-        native.gemm_4bit(
-            p(torch.randn(T, K)), packed, absmax, 32, "fp4", T, N, K, p(torch.randn(N)), p(torch.zeros(T, N, dtype=dtype))
-        )
+        x, w, bias = p(torch.randn(T, K).to(dtype)), p(torch.randn(N, K).to(dtype)), p(torch.randn(N).to(dtype))
+        native.gemm(x, w, T, N, K, bias, p(torch.zeros(T, N, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -33,6 +33,10 @@ def every_kernel() -> Iterator[Tensor]:
     yield from (q, scale, outliers)
     x = torch.randn(70, 1031, generator=generator)
     yield gemm.gemm_4bit(x, packed, absmax, 64, "nf4", A.shape, None)
+    yield gemm.gemm(x[:3], A, None)
+    N, K = 516, 1024  # rows that begin with a byte and a block
+    for few in (x[:3, :K], x[:40, :K].bfloat16()):
+        yield gemm.gemm_4bit(few, packed[: N * K // 2], absmax[: N * K // 64], 64, "nf4", (N, K), None)
     x8, x_scale, _ = quantize.quantize_int8_rowwise(x, 0.0)
     yield gemm.int8_gemm(x8, q, x_scale, scale, None, torch.float32)
 

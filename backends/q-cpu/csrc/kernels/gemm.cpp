@@ -1,84 +1,22 @@
-// Matrix products with 4-bit and int8 weights.
+// Matrix products with dense, 4-bit and int8 weights.
 //
-// An output element is summed over k in one order, whatever else is computed beside it: it depends neither on the number of tokens
-// in the call nor on how rows are shared out between threads. So a sequence gets the same bits alone and in a batch.
+// An output element is summed over k in an order that depends on K and on the way taken alone, and the way on the number of tokens:
+// a few stream the weight through once, more share decoded panels. Which rows a thread has makes no difference, so the bits are the
+// same on any number of threads; and within one way, a token's don't depend on what else is in the batch.
 
 #include "gemm.h"
 
-#include "four_bit.h"
+#include "four_bit_panel.h"
+#include "four_bit_stream.h"
+#include "panels.h"
 #include "vector.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int kTile = 4;              // tokens and rows of a register tile
-constexpr int64_t kPanelRows = 8;     // weight rows decoded together
-constexpr int64_t kPanelTokens = 64;  // tokens that a decoded panel serves
-constexpr int64_t kPanelK = 512;      // in features decoded at a time: the panel stays in L1
-
-// Adds x · w over `width` features to sums of `Tokens` tokens and kTile rows. Rows of w are kPanelK floats apart and zero beyond
-// the width.
-template <int Tokens>
-inline void accumulate_tile(const float* x, int64_t x_stride, const float (*w)[kPanelK], int64_t width,
-                            Vector (*sums)[kPanelRows]) {
-  Vector tile[Tokens][kTile];
-  for (int t = 0; t < Tokens; ++t)
-    for (int r = 0; r < kTile; ++r) tile[t][r] = sums[t][r];
-
-  int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) {
-    Vector rows[kTile];
-    for (int r = 0; r < kTile; ++r) rows[r] = load_vector(w[r] + k);
-    for (int t = 0; t < Tokens; ++t) {
-      const Vector token = load_vector(x + t * x_stride + k);
-      for (int r = 0; r < kTile; ++r) tile[t][r] = multiply_add(token, rows[r], tile[t][r]);
-    }
-  }
-  if (k < width) {
-    for (int t = 0; t < Tokens; ++t) {
-      const Vector token = load_part(x + t * x_stride + k, width - k);
-      for (int r = 0; r < kTile; ++r) tile[t][r] = multiply_add(token, load_vector(w[r] + k), tile[t][r]);
-    }
-  }
-
-  for (int t = 0; t < Tokens; ++t)
-    for (int r = 0; r < kTile; ++r) sums[t][r] = tile[t][r];
-}
-
-inline void accumulate_tokens(int64_t tokens, const float* x, int64_t x_stride, const float (*w)[kPanelK], int64_t width,
-                              Vector (*sums)[kPanelRows]) {
-  switch (tokens) {
-    case 1:
-      return accumulate_tile<1>(x, x_stride, w, width, sums);
-    case 2:
-      return accumulate_tile<2>(x, x_stride, w, width, sums);
-    case 3:
-      return accumulate_tile<3>(x, x_stride, w, width, sums);
-    default:
-      return accumulate_tile<kTile>(x, x_stride, w, width, sums);
-  }
-}
-
-// Decodes features k…k + width of `rows` rows, and fills the panel up to whole tiles and whole vectors with zeros.
-inline void decode_panel(const Gemm4bit& a, int64_t row, int64_t rows, int64_t k, int64_t width, float (*panel)[kPanelK]) {
-  const int64_t padded = smaller(kPanelK, width + kLanes - 1);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = width; i < padded; ++i) panel[r][i] = 0.0f;
-    decode_4bit(a.packed, a.absmax, *a.book, a.blocksize, (row + r) * a.K + k, width, panel[r]);
-  }
-  for (int64_t r = rows; r % kTile != 0; ++r) memset(panel[r], 0, sizeof panel[r]);
-}
-
-inline void write_panel(const Gemm4bit& a, int64_t row, int64_t rows, int64_t token, int64_t tokens, Vector (*sums)[kPanelRows]) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    float out[kPanelRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      const float sum = sum_lanes(sums[t][r]);
-      out[r] = a.bias_N ? sum + a.bias_N[row + r] : sum;
-    }
-    store(out, rows, a.out_TN, a.dtype, (token + t) * a.N + row);
-  }
-}
+constexpr int kTile = 4;         // tokens and rows of a register tile of integers
+constexpr int kDenseRows = 4;    // rows that stream side by side
+constexpr int kDenseTokens = 4;  // tokens that they meet at once
 
 // Integer dot products of a tile, exact in any order.
 template <int Tokens>
@@ -119,27 +57,40 @@ inline void dot_tokens(int64_t tokens, const int8_t* const (&a)[kTile], const in
   }
 }
 
+#if defined(__AVX512BF16__)
+
+inline void stream_4bit(const Product& a, const FourBitWeight& w, int64_t first, int64_t last) {
+  switch (a.dtype) {
+    case Float::f32:
+      return stream<StreamFloat, float>(a, w, first, last);
+    case Float::bf16:
+      return stream<StreamBf16, Bf16>(a, w, first, last);
+    default:
+      return stream<StreamFloat, F16>(a, w, first, last);
+  }
+}
+
+#endif
+
+template <class X>
+inline void multiply_decoded(const Product& a, const FourBitWeight& w, int64_t first, int64_t last) {
+  typedef Products<typename PackedAs<X>::Number> P;
+  multiply_panels<P, X>(a, first, last, FillFourBit<P>{w});
+}
+
 void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
-  alignas(64) float panel[kPanelRows][kPanelK];
-  alignas(64) Vector sums[kPanelTokens][kPanelRows];
-  for (int64_t row = first; row < last; row += kPanelRows) {
-    const int64_t rows = smaller(kPanelRows, last - row);
-    for (int64_t token = 0; token < a.T; token += kPanelTokens) {
-      const int64_t tokens = smaller(kPanelTokens, a.T - token);
-      memset(sums, 0, static_cast<size_t>(tokens) * sizeof sums[0]);
-      for (int64_t k = 0; k < a.K; k += kPanelK) {
-        const int64_t width = smaller(kPanelK, a.K - k);
-        decode_panel(a, row, rows, k, width, panel);
-        for (int64_t t = 0; t < tokens; t += kTile) {
-          const float* x = a.x_TK + (token + t) * a.K + k;
-          for (int64_t r = 0; r < rows; r += kTile) {
-            accumulate_tokens(smaller(kTile, tokens - t), x, a.K, panel + r, width,
-                              reinterpret_cast<Vector(*)[kPanelRows]>(&sums[t][r]));
-          }
-        }
-      }
-      write_panel(a, row, rows, token, tokens, sums);
-    }
+  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype};
+  const FourBitWeight w{a.packed, a.absmax, a.book, a.blocksize, __builtin_ctzll(static_cast<uint64_t>(a.blocksize)), a.K};
+#if defined(__AVX512BF16__)
+  if (can_stream(product)) return stream_4bit(product, w, first, last);
+#endif
+  switch (a.dtype) {
+    case Float::f32:
+      return multiply_decoded<float>(product, w, first, last);
+    case Float::bf16:
+      return multiply_decoded<Bf16>(product, w, first, last);
+    default:
+      return multiply_decoded<F16>(product, w, first, last);
   }
 }
 
@@ -168,9 +119,69 @@ void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
   }
 }
 
+// A few tokens: the weight streams through once, a few rows at a time, read where it lies.
+template <class P, int Tokens>
+inline void stream_dense(const Gemm& a, int64_t token, int64_t row, int64_t rows) {
+  typedef typename P::Number X;
+  const Strides strides{a.K, P::kStep};
+  const X* x = static_cast<const X*>(a.x_TK) + token * a.K;
+  const X* w = static_cast<const X*>(a.w_NK) + row * a.K;
+  float sums[Tokens * kDenseRows] = {};
+  if (rows == kDenseRows) {
+    multiply_tile<P, Tokens, kDenseRows>(x, strides, w, strides, a.K, sums);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      float column[Tokens] = {};
+      multiply_tile<P, Tokens, 1>(x, strides, w + r * a.K, strides, a.K, column);
+      for (int t = 0; t < Tokens; ++t) sums[t * kDenseRows + r] = column[t];
+    }
+  }
+  float bias_buffer[kDenseRows];
+  const float* bias = a.bias_N ? load(a.bias_N, a.dtype, row, rows, bias_buffer) : nullptr;
+  for (int t = 0; t < Tokens; ++t) {
+    float* values = sums + t * kDenseRows;
+    for (int64_t r = 0; bias && r < rows; ++r) values[r] += bias[r];
+    store(values, rows, a.out_TN, a.dtype, (token + t) * a.N + row);
+  }
+}
+
+template <class X>
+inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
+  typedef Products<X> P;
+  for (int64_t row = first; row < last; row += kDenseRows) {
+    const int64_t rows = smaller(kDenseRows, last - row);
+    for (int64_t token = 0; token < a.T; token += kDenseTokens) {
+      switch (smaller(kDenseTokens, a.T - token)) {
+        case 1:
+          stream_dense<P, 1>(a, token, row, rows);
+          break;
+        case 2:
+          stream_dense<P, 2>(a, token, row, rows);
+          break;
+        case 3:
+          stream_dense<P, 3>(a, token, row, rows);
+          break;
+        default:
+          stream_dense<P, kDenseTokens>(a, token, row, rows);
+      }
+    }
+  }
+}
+
+void gemm(const Gemm& a, int64_t first, int64_t last) {
+  switch (a.dtype) {
+    case Float::f32:
+      return multiply_dense<float>(a, first, last);
+    case Float::bf16:
+      return multiply_dense<Bf16>(a, first, last);
+    default:
+      return multiply_dense<F16>(a, first, last);
+  }
+}
+
 }  // namespace
 
 extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels = {gemm_4bit, int8_gemm};
+const GemmKernels gemm_kernels = {gemm_4bit, int8_gemm, gemm};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

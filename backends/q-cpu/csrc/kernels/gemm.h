@@ -7,16 +7,25 @@
 
 namespace q_cpu {
 
+struct Gemm {
+  const void* x_TK;
+  const void* w_NK;
+  const void* bias_N;  // or null
+  int64_t T, N, K;
+  void* out_TN;
+  Float dtype;  // of x, w, bias and out
+};
+
 struct Gemm4bit {
-  const float* x_TK;
+  const void* x_TK;
   const uint8_t* packed;
   const float* absmax;
   const FourBitBook* book;
   int64_t blocksize;
-  const float* bias_N;  // or null
+  const void* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;
-  Float dtype;
+  Float dtype;  // of x, bias and out
 };
 
 struct Int8Gemm {
@@ -34,6 +43,7 @@ struct GemmKernels {
   // Ranges of out features.
   void (*gemm_4bit)(const Gemm4bit&, int64_t first, int64_t last);
   void (*int8_gemm)(const Int8Gemm&, int64_t first, int64_t last);
+  void (*gemm)(const Gemm&, int64_t first, int64_t last);
 };
 
 }  // namespace q_cpu

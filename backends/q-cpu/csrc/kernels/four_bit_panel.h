@@ -1,0 +1,112 @@
+// Decoding of 4-bit weights into the panels of panels.h.
+
+#pragma once
+
+#include "four_bit.h"
+#include "gemm.h"
+#include "panels.h"
+
+namespace q_cpu::Q_CPU_LEVEL {
+namespace {
+
+struct FourBitWeight {
+  const uint8_t* packed;
+  const float* absmax;
+  const FourBitBook* book;
+  int64_t blocksize;
+  int shift;  // log2 of the blocksize
+  int64_t K;
+};
+
+// Any row, wherever its codes and blocks begin and end.
+template <class P>
+inline void decode_row(const FourBitWeight& w, int64_t first, int64_t width, typename P::Number* panel) {
+  alignas(64) float decoded[kPanelK<P>];
+  decode_4bit(w.packed, w.absmax, *w.book, w.blocksize, first, width, decoded);
+  for (int64_t k = 0; k < width; k += P::kStep, panel += kRowStrides<P>.step) {
+    to_numbers(decoded + k, smaller(P::kStep, width - k), panel);
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+// The book scaled by a block's absmax, rounded once: twice over, so that a look-up ignores its fifth bit.
+inline __m512i scaled_table(const FourBitBook& book, float absmax) {
+  const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(book.values), _mm512_set1_ps(absmax));
+  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
+}
+
+// The books scaled for two blocks, for look-ups whose fifth bit chooses.
+inline __m512i scaled_tables(const FourBitBook& book, const float* absmax) {
+  const __m512 values = _mm512_loadu_ps(book.values);
+  const __m512 low = _mm512_mul_ps(values, _mm512_set1_ps(absmax[0]));
+  const __m512 high = _mm512_mul_ps(values, _mm512_set1_ps(absmax[1]));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+// 16 bytes as 32 words, in the low bits of each its code, in element order; the bits above are of other codes.
+inline __m512i spread_codes(const uint8_t* bytes) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+}
+
+// A row whose codes and blocks begin and end with runs of `Vectors` vectors.
+template <int Vectors>
+inline void decode_runs(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+  typedef Products<Bf16> P;
+  constexpr int64_t kRun = Vectors * P::kStep;
+  const uint8_t* bytes = w.packed + first / 2;
+  const int64_t next_tile = kTileRows * w.K / 2;
+  _mm_prefetch(w.absmax + ((first + kTileRows * w.K) >> w.shift), _MM_HINT_T0);
+  for (int64_t k = 0; k < width; k += kRun, bytes += kRun / 2, panel += Vectors * kRowStrides<P>.step) {
+    _mm_prefetch(bytes + next_tile, _MM_HINT_T0);
+    const __m512i table = scaled_table(*w.book, w.absmax[(first + k) >> w.shift]);
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      const __m512i codes = spread_codes(bytes + v * P::kStep / 2);
+      _mm512_store_si512(panel + v * kRowStrides<P>.step, _mm512_permutexvar_epi16(codes, table));
+    }
+  }
+}
+
+// A row whose vectors have two blocks each.
+inline void decode_half_vectors(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+  typedef Products<Bf16> P;
+  const __m512i upper_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const uint8_t* bytes = w.packed + first / 2;
+  const float* absmax = w.absmax + (first >> w.shift);
+  for (int64_t k = 0; k < width; k += P::kStep, bytes += P::kStep / 2, absmax += 2, panel += kRowStrides<P>.step) {
+    const __m512i codes = _mm512_or_si512(_mm512_and_si512(spread_codes(bytes), _mm512_set1_epi16(15)), upper_half);
+    _mm512_store_si512(panel, _mm512_permutexvar_epi16(codes, scaled_tables(*w.book, absmax)));
+  }
+}
+
+template <>
+inline void decode_row<Products<Bf16>>(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+  typedef Products<Bf16> P;
+  if (w.K % P::kStep == 0) {
+    if (w.blocksize < P::kStep) return decode_half_vectors(w, first, width, panel);
+    if (w.blocksize > P::kStep && w.K % (2 * P::kStep) == 0) return decode_runs<2>(w, first, width, panel);
+    return decode_runs<1>(w, first, width, panel);
+  }
+  alignas(64) float decoded[kPanelK<P>];
+  decode_4bit(w.packed, w.absmax, *w.book, w.blocksize, first, width, decoded);
+  for (int64_t k = 0; k < width; k += P::kStep, panel += kRowStrides<P>.step) {
+    to_numbers(decoded + k, smaller(P::kStep, width - k), panel);
+  }
+}
+
+#endif
+
+// What multiply_panels fills panels with.
+template <class P>
+struct FillFourBit {
+  FourBitWeight w;
+
+  void operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::Number* panel) const {
+    for (int64_t r = 0; r < rows; ++r) decode_row<P>(w, (row + r) * w.K + k, width, panel + r * kRowStrides<P>.line);
+  }
+};
+
+}  // namespace
+}  // namespace q_cpu::Q_CPU_LEVEL
