@@ -18,6 +18,7 @@ OPS = (
     "quantize_int8_rowwise",
     "gemm_4bit",
     "int8_gemm",
+    "gemm_int8_weight",
     "optimizer_step_8bit",
     "optimizer_step_32bit",
 )

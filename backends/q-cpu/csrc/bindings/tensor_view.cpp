@@ -160,7 +160,7 @@ Float TensorView::dtype() const {
 
 int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize) {
   if (blocksize < kMinBlocksize || blocksize > kMaxBlocksize || (blocksize & (blocksize - 1)) != 0) {
-    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in 32…4096");
+    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in 16…4096");
   }
   return (numel + blocksize - 1) / blocksize;
 }

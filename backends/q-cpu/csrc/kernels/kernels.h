@@ -15,12 +15,13 @@ namespace q_cpu {
 
 enum class Float : uint8_t { f32, bf16, f16 };
 
-constexpr int64_t kMinBlocksize = 32;
+constexpr int64_t kMinBlocksize = 16;
 constexpr int64_t kMaxBlocksize = 4096;
 
 struct QuantizeKernels;
 struct GemmKernels;
 struct OptimKernels;
+struct Int8Kernels;
 
 struct Kernels {
   const char* name;     // as in Q_CPU_ISA
@@ -28,6 +29,7 @@ struct Kernels {
   const QuantizeKernels* quantize;
   const GemmKernels* gemm;
   const OptimKernels* optim;
+  const Int8Kernels* int8;
 };
 
 }  // namespace q_cpu
