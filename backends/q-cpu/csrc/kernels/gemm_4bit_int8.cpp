@@ -16,6 +16,9 @@ constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kMinSpan = 16;
 
+// Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
+inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<uint64_t>(power_of_two)); }
+
 // The book as the dot products take weights: biased.
 struct BiasedBook {
   alignas(16) int8_t values[16];
@@ -112,6 +115,7 @@ inline void add_block(int64_t tokens, const int8_t* x, int64_t x_stride, const i
 // One weight row and a block of tokens: each block of weights, or what of it lies in the row and was decoded, has its scale.
 inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, int64_t token, int64_t tokens, Vector* sums) {
   alignas(64) int8_t w[kDecodedAtOnce];
+  const int shift = log2_of(a.blocksize);
   memset(sums, 0, static_cast<size_t>(tokens) * sizeof *sums);
   for (int64_t k = 0; k < a.K; k += kDecodedAtOnce) {
     const int64_t width = smaller(kDecodedAtOnce, a.K - k);
@@ -119,8 +123,8 @@ inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t 
     for (int64_t i = 0; i < width; i += 128) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
     decode_codes(a.packed, first, width, book, w);
     for (int64_t i = 0; i < width;) {
-      const int64_t block = (first + i) / a.blocksize;
-      const int64_t part = smaller((block + 1) * a.blocksize - (first + i), width - i);
+      const int64_t block = (first + i) >> shift;
+      const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
       const float scale = a.absmax[block] * a.book->unit;
       for (int64_t t = 0; t < tokens; t += 4) {
         const int8_t* x = a.x_TK + (token + t) * a.K + k + i;
@@ -146,10 +150,36 @@ void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
   }
 }
 
+// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens, `spans`
+// apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
+template <int Tokens>
+__attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int64_t words, const int32_t* span_sums, int64_t spans,
+                                        const float* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
+  Integers tile[Tokens][kTileVectors];
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) {
+    const Integers start = Integers{} - kBias * span_sums[t * spans];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) tile[t][v] = start;
+  }
+  dot_words<Int8Dots, Tokens>(x, panel, words, ahead, tile);
+#pragma GCC unroll 4
+  for (int v = 0; v < kTileVectors; ++v) {
+    const Vector scale = load_vector(scales + v * kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      float* sum = sums[t] + v * kLanes;
+      const Vector total = multiply_add(__builtin_convertvector(tile[t][v], Vector), scale, load_vector(sum));
+      memcpy(sum, &total, sizeof total);
+    }
+  }
+}
+
 struct Gemm4bitInt8Product {
   typedef float Sum;
   static constexpr int64_t kWordValues = kWordBytes;
   static constexpr uint32_t kFlip = 0;
+  static constexpr int64_t kRowBits = 4;
 
   const Gemm4bitInt8& a;
   const BiasedBook book;
@@ -157,10 +187,15 @@ struct Gemm4bitInt8Product {
 
   void begin_tokens(int64_t, int64_t) {}
 
+  const char* row_at(int64_t row, int64_t k) const { return reinterpret_cast<const char*>(a.packed + (row * a.K + k) / 2); }
+  int64_t row_stride() const { return a.K / 2; }
+
   void begin_features(int64_t row, int64_t rows, int64_t k, int64_t width) {
+    const int spans_shift = log2_of(a.blocksize / a.span);
+    const int64_t spans = width >> log2_of(a.span);
     for (int64_t r = 0; r < kPackedRows; ++r) {
-      const int64_t first = (row + smaller(r, rows - 1)) * a.K + k;
-      for (int64_t i = 0; i < width; i += a.span) scales[i / a.span][r] = a.absmax[(first + i) / a.blocksize] * a.book->unit;
+      const int64_t first = ((row + smaller(r, rows - 1)) * a.K + k) >> log2_of(a.span);
+      for (int64_t i = 0; i < spans; ++i) scales[i][r] = a.absmax[(first + i) >> spans_shift] * a.book->unit;
     }
   }
 
@@ -181,23 +216,12 @@ struct Gemm4bitInt8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Sum (*sums)[kPackedRows]) const {
+  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
     const int64_t words = a.span / kWordBytes;
-    const int64_t spans = a.K / a.span;
-    for (int64_t i = 0; i < width / a.span; ++i) {
-      Integers tile[Tokens][kTileVectors];
-      const int32_t* span_sums = a.span_sums + token * spans + k / a.span + i;
-      for (int t = 0; t < Tokens; ++t)
-        for (int v = 0; v < kTileVectors; ++v) tile[t][v] = Integers{} - kBias * span_sums[t * spans];
-      dot_words<Int8Dots, Tokens>(x, panel, words, tile);
-      for (int v = 0; v < kTileVectors; ++v) {
-        const Vector scale = load_vector(scales[i] + row + v * kLanes);
-        for (int t = 0; t < Tokens; ++t) {
-          float* sum = sums[t] + v * kLanes;
-          const Vector total = multiply_add(__builtin_convertvector(tile[t][v], Vector), scale, load_vector(sum));
-          memcpy(sum, &total, sizeof total);
-        }
-      }
+    const int64_t spans = a.K >> log2_of(a.span);
+    for (int64_t i = 0; i < width >> log2_of(a.span); ++i) {
+      const int32_t* span_sums = a.span_sums + token * spans + (k >> log2_of(a.span)) + i;
+      add_span<Tokens>(x, panel, words, span_sums, spans, scales[i] + row, ahead, sums);
       x.first += words * static_cast<int64_t>(sizeof(uint32_t));
       panel += words * kPackedRows;
     }

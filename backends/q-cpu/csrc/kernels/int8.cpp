@@ -79,6 +79,7 @@ struct Int8Product {
   typedef int32_t Sum;
   static constexpr int64_t kWordValues = kWordBytes;
   static constexpr uint32_t kFlip = kBiasWord;
+  static constexpr int64_t kRowBits = 8;
 
   const Int8Gemm& a;
   int64_t first_token;
@@ -91,6 +92,9 @@ struct Int8Product {
 
   void begin_features(int64_t, int64_t, int64_t, int64_t) {}
 
+  const char* row_at(int64_t row, int64_t k) const { return reinterpret_cast<const char*>(a.b_NK + row * a.K + k); }
+  int64_t row_stride() const { return a.K; }
+
   const char* row_words(int64_t row, int64_t k, int64_t width, uint32_t* buffer) const {
     return int8_words(a.b_NK + row * a.K + k, width, buffer);
   }
@@ -100,8 +104,8 @@ struct Int8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Sum (*sums)[kPackedRows]) const {
-    add_products<Int8Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, sums);
+  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+    add_products<Int8Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, ahead, sums);
   }
 
   void write(int64_t token, int64_t row, int64_t rows, const Sum* sums) const {

@@ -178,11 +178,15 @@ struct WeightProduct {
   typedef float Sum;
   static constexpr int64_t kWordValues = Dots::kWordValues;
   static constexpr uint32_t kFlip = 0;
+  static constexpr int64_t kRowBits = 8;
 
   const GemmInt8Weight& a;
 
   void begin_tokens(int64_t, int64_t) {}
   void begin_features(int64_t, int64_t, int64_t, int64_t) {}
+
+  const char* row_at(int64_t row, int64_t k) const { return reinterpret_cast<const char*>(a.w_NK + row * a.K + k); }
+  int64_t row_stride() const { return a.K; }
 
   const char* row_words(int64_t row, int64_t k, int64_t width, uint32_t* buffer) const {
     Dots::weight_words(a.w_NK + row * a.K + k, width, buffer);
@@ -194,8 +198,8 @@ struct WeightProduct {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Sum (*sums)[kPackedRows]) const {
-    add_products<Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, sums);
+  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+    add_products<Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, ahead, sums);
   }
 
   void write(int64_t token, int64_t row, int64_t rows, const Sum* sums) const { write_outputs(a, token, row, rows, sums); }

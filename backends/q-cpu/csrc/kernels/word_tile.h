@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kPackedRows = 64;
 constexpr int64_t kPackedWords = 128;  // of a row at a time: the panel's 32 KB stay in the first caches
-constexpr int64_t kBlockTokens = 128;  // that share a panel; their activations stay in the second cache
+constexpr int64_t kBlockTokens = 256;  // that share a panel; their activations stay in the second cache
 static_assert(kPackedRows % kLanes == 0);
 
 // Sums of a tile are kept in registers, beside the panel's vectors and a token's word.
@@ -25,6 +25,8 @@ constexpr int kTileTokens = 4;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int64_t kTileRows = kTileVectors * kLanes;
+
+constexpr int64_t kLineBytes = 64;
 
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
@@ -95,11 +97,31 @@ struct TokenWords {
   int64_t stride;
 };
 
+// Lines of memory to fetch while tiles are computed: `lines` of each of kPackedRows rows, which are `stride` bytes apart.
+struct Ahead {
+  const char* first;
+  int64_t stride, lines;
+  int64_t at_once;  // lines to ask for at each word of a tile
+  int64_t row = 0, line = 0;
+
+  void fetch() {
+    for (int64_t i = 0; i < at_once && row < kPackedRows; ++i) {
+      __builtin_prefetch(first + row * stride + line * kLineBytes, 0, 2);
+      if (++line == lines) {
+        line = 0;
+        ++row;
+      }
+    }
+  }
+};
+
 // sums[t][v] += the products of `words` words of Tokens tokens and of the rows in vectors v of the panel. `Dots` says which products:
 // Dots::add(sums, rows, token) of a vector of sums and two vectors of words.
 template <class Dots, int Tokens>
-inline void dot_words(TokenWords x, const uint32_t* panel, int64_t words, typename Dots::Sums (&sums)[Tokens][kTileVectors]) {
+inline void dot_words(TokenWords x, const uint32_t* panel, int64_t words, Ahead& ahead,
+                      typename Dots::Sums (&sums)[Tokens][kTileVectors]) {
   for (int64_t w = 0; w < words; ++w, panel += kPackedRows) {
+    ahead.fetch();
     Words rows[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) rows[v] = load_words(panel + v * kLanes);
@@ -116,10 +138,13 @@ inline void dot_words(TokenWords x, const uint32_t* panel, int64_t words, typena
 
 // Adds the products to the sums of Tokens tokens and kTileRows rows.
 template <class Dots, int Tokens>
-inline void add_products(TokenWords x, const uint32_t* panel, int64_t words, typename Dots::Sum (*sums)[kPackedRows]) {
+inline void add_products(TokenWords x, const uint32_t* panel, int64_t words, Ahead& ahead,
+                         typename Dots::Sum (*sums)[kPackedRows]) {
   typename Dots::Sums tile[Tokens][kTileVectors] = {};
-  dot_words<Dots, Tokens>(x, panel, words, tile);
+  dot_words<Dots, Tokens>(x, panel, words, ahead, tile);
+#pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       typename Dots::Sums sum;
       memcpy(&sum, sums[t] + v * kLanes, sizeof sum);
@@ -132,10 +157,12 @@ inline void add_products(TokenWords x, const uint32_t* panel, int64_t words, typ
 // What `width` features from feature k on contribute to a panel's rows. A `Product` knows the operands:
 //
 //   Sum, kWordValues, kFlip   type of the sums; features in a word; what packed words are xored with
+//   kRowBits, row_at(row, k), row_stride()
+//                             where weights lie, to fetch them ahead: bits of one, address, bytes between rows
 //   begin_tokens(token, tokens), begin_features(row, rows, k, width)
 //   row_words(row, k, width, buffer), token_words(token, tokens, k, width, buffer)
 //                             words in place, or made in the buffer: kPackedWords a row or token
-//   add<Tokens>(x, token, k, width, row, panel, sums)
+//   add<Tokens>(x, token, k, width, row, panel, ahead, sums)
 //                             sums += products of Tokens tokens and kTileRows rows from `row` of the panel on
 //   write(token, row, rows, sums)
 template <class Product>
@@ -145,15 +172,17 @@ struct PanelTiles {
   int64_t token, rows, k, width;
   typename Product::Sum (*sums)[kPackedRows];
   uint32_t* buffer;
+  Ahead ahead;
 
   template <int Tokens>
-  void run(int64_t t) const {
+  void run(int64_t t) {
     const TokenWords x = product.token_words(token + t, Tokens, k, width, buffer);
     for (int64_t row = 0; row < rows; row += kTileRows)
-      product.template add<Tokens>(x, token + t, k, width, row, panel + row, reinterpret_cast<typename Product::Sum(*)[kPackedRows]>(sums[t] + row));
+      product.template add<Tokens>(x, token + t, k, width, row, panel + row, ahead,
+                                   reinterpret_cast<typename Product::Sum(*)[kPackedRows]>(sums[t] + row));
   }
 
-  void run_all(int64_t tokens) const {
+  void run_all(int64_t tokens) {
     int64_t t = 0;
     for (; t + kTileTokens <= tokens; t += kTileTokens) run<kTileTokens>(t);
     switch (tokens - t) {
@@ -202,7 +231,9 @@ inline void multiply_panels(Product& product, int64_t T, int64_t K, int64_t firs
         const int64_t width = smaller(kPackedK, K - k);
         product.begin_features(row, rows, k, width);
         pack_panel(product, row, rows, k, width, buffer, panel);
-        PanelTiles<Product>{product, panel, token, rows, k, width, sums, buffer}.run_all(tokens);
+        const bool more = k + kPackedK < K;
+        const Ahead ahead{product.row_at(more ? row : row + kPackedRows, more ? k + kPackedK : 0), product.row_stride(), kPackedK * Product::kRowBits / (8 * kLineBytes), tokens > 2 * kTileTokens ? 2 : 4};
+        PanelTiles<Product>{product, panel, token, rows, k, width, sums, buffer, ahead}.run_all(tokens);
       }
       for (int64_t t = 0; t < tokens; ++t) product.write(token + t, row, rows, sums[t]);
     }
