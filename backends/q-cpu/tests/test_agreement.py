@@ -19,6 +19,7 @@ OPS = (
     "gemm",
     "gemm_4bit",
     "int8_gemm",
+    "gemm_int8_weight",
     "optimizer_step_8bit",
     "optimizer_step_32bit",
 )

@@ -133,6 +133,26 @@ def test_int8_gemm(place, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_int8_weight(place, dtype):
+    for K in LENGTHS[:150]:
+        T, N = 1 + K % 6, 1 + K % 7
+        p = place()
+        x, w = p(torch.randn(T, K).to(dtype)), p(torch.randint(-128, 128, (N, K), dtype=i8))
+        native.gemm_int8_weight(x, w, p(torch.rand(N)), T, N, K, p(torch.randn(N)), p(torch.zeros(T, N, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_4bit_int8(place, dtype):
+    for K in [*range(1, 70), 96, 128, 511, 512, 513, 544, 1023, 1056]:
+        T, N = 1 + K % 6, 1 + K % 11
+        p = place()
+        packed = p(torch.randint(0, 256, (math.ceil(N * K / 2),), dtype=u8))
+        absmax = p(torch.rand(-(-N * K // 32)))
+        x, bias, out = p(torch.randn(T, K).to(dtype)), p(torch.randn(N)), p(torch.zeros(T, N, dtype=dtype))
+        native.gemm_4bit_int8(x, packed, absmax, 32, "nf4", T, N, K, bias, out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_optimizer_steps(place, dtype):
     for n in LENGTHS:
         p, blocks = place(), -(-n // 32)

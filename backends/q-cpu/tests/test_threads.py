@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import dynamic_map
-from q_cpu import _native, gemm, openmp, optim, quantize
+from q_cpu import _native, gemm, int8, openmp, optim, quantize
 from q_cpu.runtime import native
 
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
@@ -32,13 +32,16 @@ def every_kernel() -> Iterator[Tensor]:
     q, scale, outliers = quantize.quantize_int8_rowwise(A, 3.0)
     yield from (q, scale, outliers)
     x = torch.randn(70, 1031, generator=generator)
-    yield gemm.gemm_4bit(x, packed, absmax, 64, "nf4", A.shape, None)
+    yield gemm.gemm_4bit(x, packed, absmax, 64, "nf4", A.shape, None, "native")
     yield gemm.gemm(x[:3], A, None)
     N, K = 516, 1024  # rows that begin with a byte and a block
     for few in (x[:3, :K], x[:40, :K].bfloat16()):
-        yield gemm.gemm_4bit(few, packed[: N * K // 2], absmax[: N * K // 64], 64, "nf4", (N, K), None)
+        yield gemm.gemm_4bit(few, packed[: N * K // 2], absmax[: N * K // 64], 64, "nf4", (N, K), None, "native")
+    yield gemm.gemm_4bit(x, packed, absmax, 64, "nf4", A.shape, None, "int8")
     x8, x_scale, _ = quantize.quantize_int8_rowwise(x, 0.0)
-    yield gemm.int8_gemm(x8, q, x_scale, scale, None, torch.float32)
+    for tokens in (4, 70):
+        yield int8.int8_gemm(x8[:tokens], q, x_scale[:tokens], scale, None, torch.float32)
+        yield int8.gemm_int8_weight(x[:tokens].bfloat16(), q, scale, None)
 
     params = [A.clone(), x.clone()]
     grads = [torch.randn(p.shape, generator=generator) for p in params]

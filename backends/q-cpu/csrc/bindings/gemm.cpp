@@ -1,5 +1,5 @@
-#include "module.h"
 #include "gemm.h"
+#include "module.h"
 #include "state.h"
 #include "threads.h"
 
@@ -7,15 +7,8 @@ namespace q_cpu {
 
 namespace {
 
-constexpr int64_t kMaxInt8K = 131072;  // int32 holds the sum of so many products
-
-const float* optional_bias(const char* op, py::handle bias, int64_t N) {
-  if (bias.is_none()) return nullptr;
-  return TensorView(bias, {op, "bias"}).of(Scalar::f32).sized(N).data<const float>();
-}
-
 // A bias of the output's dtype, or null.
-const void* optional_bias_like(const TensorView& result, const char* op, py::handle bias, int64_t N) {
+const void* optional_bias(const TensorView& result, const char* op, py::handle bias, int64_t N) {
   if (bias.is_none()) return nullptr;
   return TensorView(bias, {op, "bias"}).of(result).sized(N).data<const void>();
 }
@@ -26,7 +19,7 @@ void gemm(py::handle x, py::handle w, int64_t T, int64_t N, int64_t K, py::handl
   const Gemm args{
       TensorView(x, {op, "x_TK"}).of(result).sized(checked_product(op, T, K)).data<const void>(),
       TensorView(w, {op, "w_NK"}).of(result).sized(checked_product(op, N, K)).data<const void>(),
-      optional_bias_like(result, op, bias, N),
+      optional_bias(result, op, bias, N),
       T,
       N,
       K,
@@ -50,7 +43,7 @@ void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t block
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<const float>(),
       &four_bit_book(op, quant_type),
       blocksize,
-      optional_bias_like(result, op, bias, N),
+      optional_bias(result, op, bias, N),
       T,
       N,
       K,
@@ -62,36 +55,12 @@ void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t block
   parallel_for(N, checked_product(op, T, K), [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
-void int8_gemm(py::handle a, py::handle b, py::handle a_scale, py::handle b_scale, int64_t T, int64_t N, int64_t K, py::handle bias,
-               py::handle out) {
-  constexpr const char* op = "int8_gemm";
-  if (K > kMaxInt8K) bad_value({op, "a_TK"}, "has K = " + std::to_string(K) + ", expected at most " + std::to_string(kMaxInt8K));
-  const TensorView result = TensorView(out, {op, "out"}).floating().sized(checked_product(op, T, N));
-  const Int8Gemm args{
-      TensorView(a, {op, "a_TK"}).of(Scalar::i8).sized(checked_product(op, T, K)).data<const int8_t>(),
-      TensorView(b, {op, "b_NK"}).of(Scalar::i8).sized(checked_product(op, N, K)).data<const int8_t>(),
-      TensorView(a_scale, {op, "a_scale"}).of(Scalar::f32).sized(T).data<const float>(),
-      TensorView(b_scale, {op, "b_scale"}).of(Scalar::f32).sized(N).data<const float>(),
-      optional_bias(op, bias, N),
-      T,
-      N,
-      K,
-      result.data<void>(),
-      result.dtype(),
-  };
-  if (result.numel() == 0) return;
-  const auto kernel = kernels().gemm->int8_gemm;
-  parallel_for(N, checked_product(op, T, K), [&](int64_t first, int64_t last) { kernel(args, first, last); });
-}
-
 }  // namespace
 
 void bind_gemm(py::module_& m) {
   m.def("gemm", &gemm, py::arg("x_TK"), py::arg("w_NK"), py::arg("T"), py::arg("N"), py::arg("K"), py::arg("bias"), py::arg("out"));
   m.def("gemm_4bit", &gemm_4bit, py::arg("x_TK"), py::arg("packed"), py::arg("absmax"), py::arg("blocksize"), py::arg("quant_type"),
         py::arg("T"), py::arg("N"), py::arg("K"), py::arg("bias"), py::arg("out"));
-  m.def("int8_gemm", &int8_gemm, py::arg("a_TK"), py::arg("b_NK"), py::arg("a_scale"), py::arg("b_scale"), py::arg("T"),
-        py::arg("N"), py::arg("K"), py::arg("bias"), py::arg("out"));
 }
 
 }  // namespace q_cpu

@@ -30,4 +30,5 @@ PYBIND11_MODULE(_native, m) {
   bind_quantize(m);
   bind_gemm(m);
   bind_optim(m);
+  bind_int8(m);
 }

@@ -9,5 +9,6 @@ namespace q_cpu {
 void bind_quantize(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_optim(pybind11::module_& module);
+void bind_int8(pybind11::module_& module);
 
 }  // namespace q_cpu

@@ -1,4 +1,4 @@
-// Matrix products with dense, 4-bit and int8 weights.
+// Matrix products with dense and 4-bit weights.
 //
 // An output element is summed over k in an order that depends on K and on the way taken alone, and the way on the number of tokens:
 // a few stream the weight through once, more share decoded panels. Which rows a thread has makes no difference, so the bits are the
@@ -14,48 +14,8 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int kTile = 4;         // tokens and rows of a register tile of integers
 constexpr int kDenseRows = 4;    // rows that stream side by side
 constexpr int kDenseTokens = 4;  // tokens that they meet at once
-
-// Integer dot products of a tile, exact in any order.
-template <int Tokens>
-inline void dot_tile(const int8_t* const (&a)[kTile], const int8_t* const (&b)[kTile], int64_t K, int32_t (*sums)[kTile]) {
-  Integers tile[Tokens][kTile] = {};
-  int64_t k = 0;
-  for (; k + kWidened <= K; k += kWidened) {
-    Widened rows[kTile];
-    for (int r = 0; r < kTile; ++r) rows[r] = widen(b[r] + k);
-    for (int t = 0; t < Tokens; ++t) {
-      const Widened token = widen(a[t] + k);
-      for (int r = 0; r < kTile; ++r) tile[t][r] = dot_add(token, rows[r], tile[t][r]);
-    }
-  }
-  if (k < K) {
-    Widened rows[kTile];
-    for (int r = 0; r < kTile; ++r) rows[r] = widen_part(b[r] + k, K - k);
-    for (int t = 0; t < Tokens; ++t) {
-      const Widened token = widen_part(a[t] + k, K - k);
-      for (int r = 0; r < kTile; ++r) tile[t][r] = dot_add(token, rows[r], tile[t][r]);
-    }
-  }
-  for (int t = 0; t < Tokens; ++t)
-    for (int r = 0; r < kTile; ++r) sums[t][r] = sum_integers(tile[t][r]);
-}
-
-inline void dot_tokens(int64_t tokens, const int8_t* const (&a)[kTile], const int8_t* const (&b)[kTile], int64_t K,
-                       int32_t (*sums)[kTile]) {
-  switch (tokens) {
-    case 1:
-      return dot_tile<1>(a, b, K, sums);
-    case 2:
-      return dot_tile<2>(a, b, K, sums);
-    case 3:
-      return dot_tile<3>(a, b, K, sums);
-    default:
-      return dot_tile<kTile>(a, b, K, sums);
-  }
-}
 
 #if defined(__AVX512BF16__)
 
@@ -91,31 +51,6 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
       return multiply_decoded<Bf16>(product, w, first, last);
     default:
       return multiply_decoded<F16>(product, w, first, last);
-  }
-}
-
-void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
-  constexpr float kInverse = 1.0f / 16129.0f;
-  for (int64_t row = first; row < last; row += kTile) {
-    const int64_t rows = smaller(kTile, last - row);
-    const int8_t* b[kTile];
-    for (int r = 0; r < kTile; ++r) b[r] = a.b_NK + (row + smaller(r, rows - 1)) * a.K;
-    for (int64_t token = 0; token < a.T; token += kTile) {
-      const int64_t tokens = smaller(kTile, a.T - token);
-      const int8_t* x[kTile];
-      for (int t = 0; t < kTile; ++t) x[t] = a.a_TK + (token + smaller(t, tokens - 1)) * a.K;
-      int32_t sums[kTile][kTile];
-      dot_tokens(tokens, x, b, a.K, sums);
-      for (int64_t t = 0; t < tokens; ++t) {
-        float out[kTile];
-        for (int64_t r = 0; r < rows; ++r) {
-          const float scale = a.a_scale_T[token + t] * a.b_scale_N[row + r] * kInverse;
-          const float value = static_cast<float>(sums[t][r]) * scale;
-          out[r] = a.bias_N ? value + a.bias_N[row + r] : value;
-        }
-        store(out, rows, a.out_TN, a.dtype, (token + t) * a.N + row);
-      }
-    }
   }
 }
 
@@ -182,6 +117,6 @@ void gemm(const Gemm& a, int64_t first, int64_t last) {
 }  // namespace
 
 extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels = {gemm_4bit, int8_gemm, gemm};
+const GemmKernels gemm_kernels = {gemm_4bit, gemm};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

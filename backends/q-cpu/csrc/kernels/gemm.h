@@ -28,21 +28,9 @@ struct Gemm4bit {
   Float dtype;  // of x, bias and out
 };
 
-struct Int8Gemm {
-  const int8_t* a_TK;
-  const int8_t* b_NK;
-  const float* a_scale_T;
-  const float* b_scale_N;
-  const float* bias_N;  // or null
-  int64_t T, N, K;
-  void* out_TN;
-  Float dtype;
-};
-
 struct GemmKernels {
   // Ranges of out features.
   void (*gemm_4bit)(const Gemm4bit&, int64_t first, int64_t last);
-  void (*int8_gemm)(const Int8Gemm&, int64_t first, int64_t last);
   void (*gemm)(const Gemm&, int64_t first, int64_t last);
 };
 

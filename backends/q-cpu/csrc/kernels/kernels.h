@@ -22,6 +22,7 @@ constexpr int64_t kMaxBlocksize = 4096;
 struct QuantizeKernels;
 struct GemmKernels;
 struct OptimKernels;
+struct Int8Kernels;
 
 struct Kernels {
   const char* name;     // as in Q_CPU_ISA
@@ -29,6 +30,7 @@ struct Kernels {
   const QuantizeKernels* quantize;
   const GemmKernels* gemm;
   const OptimKernels* optim;
+  const Int8Kernels* int8;
 };
 
 }  // namespace q_cpu

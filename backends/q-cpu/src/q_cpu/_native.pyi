@@ -74,3 +74,18 @@ def adamw_32bit(
     weight_decay: float,
     step: int,
 ) -> None: ...
+def gemm_int8_weight(
+    x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, T: int, N: int, K: int, bias: Tensor | None, out: Tensor
+) -> None: ...
+def gemm_4bit_int8(
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    T: int,
+    N: int,
+    K: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...

@@ -1,4 +1,4 @@
-"""Matrix products with dense and quantized weights. Contracts: :mod:`q_core.ops.gemm`."""
+"""Matrix products with dense and 4-bit weights. Contracts: :mod:`q_core.ops.gemm`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from q_core.backend import impl
+from q_cpu import int8
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype
 
@@ -18,16 +19,8 @@ _STREAMED_TOKENS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 32}
 """Tokens up to which the dense kernel is faster than torch's product, as measured with AVX-512."""
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).contiguous()
-
-
 def _accepts_activations(x_TK: Tensor) -> str | None:
     return decline_dtype("x_TK", x_TK.dtype)
-
-
-def _accepts_output(dtype: torch.dtype) -> str | None:
-    return decline_dtype("dtype", dtype)
 
 
 @impl(accepts=_accepts_activations)
@@ -44,27 +37,23 @@ def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
 
 @impl(accepts=_accepts_activations)
 def gemm_4bit(
-    x_TK: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], bias: Tensor | None
+    x_TK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    activations: str,
 ) -> Tensor:
     """Multiply activations with a 4-bit weight, whose values are decoded in registers or, for more tokens, into cache."""
+    if activations == "int8":
+        return int8.gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
     *leading, K = x_TK.shape
     N = shape[0]
     out = torch.empty(*leading, N, dtype=x_TK.dtype)
     native.gemm_4bit(
         x_TK.contiguous(), packed.contiguous(), absmax.contiguous(), blocksize, quant_type, math.prod(leading), N, K,
         None if bias is None else bias.contiguous(), out,
-    )  # fmt: skip
-    return out
-
-
-@impl(accepts=_accepts_output)
-def int8_gemm(a_TK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Multiply int8 rows with int8 rows, scales and bias fused."""
-    *leading, K = a_TK.shape
-    N = b_NK.shape[0]
-    out = torch.empty(*leading, N, dtype=dtype)
-    native.int8_gemm(
-        a_TK.contiguous(), b_NK.contiguous(), a_scale.contiguous(), b_scale.contiguous(), math.prod(leading), N, K,
-        None if bias is None else _float32(bias), out,
     )  # fmt: skip
     return out

@@ -1,0 +1,255 @@
+// Matrix products of int8 rows with 4-bit weights, for gemm_4bit with activations="int8".
+//
+// The values of the code book are integers here (Int8Book), so the dot product of what shares a scale is an exact integer; it is scaled
+// by the block's absmax and summed in float32. Few tokens, and blocks that straddle rows: one weight row at a time, decoded as it
+// is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits depend on
+// whether its call has more than kFewTokens; within each they depend on nothing.
+
+#include "int8.h"
+
+#include "int8_dots.h"
+
+namespace q_cpu::Q_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kMinSpan = 16;
+
+// Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
+inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<uint64_t>(power_of_two)); }
+
+// The book as the dot products take weights: biased.
+struct BiasedBook {
+  alignas(16) int8_t values[16];
+
+  explicit BiasedBook(const Int8Book& book) {
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<int8_t>(book.values[i] + kBias);
+  }
+};
+
+// Decodes codes first…first + count.
+inline void decode_codes(const uint8_t* packed, int64_t first, int64_t count, const BiasedBook& book, int8_t* __restrict out) {
+  int64_t i = 0;
+  if ((first & 1) && count > 0) {
+    out[0] = book.values[packed[first >> 1] & 15];
+    i = 1;
+  }
+  const uint8_t* bytes = packed + ((first + i) >> 1);
+  // A byte widened to 16 bits is split into its two codes in order, the high nibble first, by shifts in both directions.
+#if defined(__AVX512F__)
+  const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
+  for (; i + 64 <= count; i += 64, bytes += 32) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(wide, 4), _mm512_slli_epi16(wide, 8));
+    _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(values, _mm512_and_si512(codes, _mm512_set1_epi16(0x0f0f))));
+  }
+#elif defined(__AVX2__)
+  const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
+  for (; i + 32 <= count; i += 32, bytes += 16) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m256i codes = _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8));
+    const __m256i decoded = _mm256_shuffle_epi8(values, _mm256_and_si256(codes, _mm256_set1_epi16(0x0f0f)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), decoded);
+  }
+#endif
+  for (; i + 2 <= count; i += 2, ++bytes) {
+    out[i] = book.values[*bytes >> 4];
+    out[i + 1] = book.values[*bytes & 15];
+  }
+  if (i < count) out[i] = book.values[*bytes >> 4];
+}
+
+inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int64_t rows, const float* sums) {
+  const float scale = a.x_absmax_T[token] / 127.0f;
+  float out[kPackedRows];
+  for (int64_t r = 0; r < rows; ++r) out[r] = sums[r] * scale;
+  if (a.bias_N) {
+    for (int64_t r = 0; r < rows; ++r) out[r] += a.bias_N[row + r];
+  }
+  store(out, rows, a.out_TN, a.dtype, token * a.N + row);
+}
+
+// Adds the scaled dot product of `count` biased weights to the sums of Tokens tokens.
+template <int Tokens>
+inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
+  Integers dots[Tokens] = {};
+  Integers biases[Tokens] = {};
+  const DotBytes zeros = biased(DotBytes{});
+  int64_t k = 0;
+  for (; k + kDotBytes <= count; k += kDotBytes) {
+    const DotBytes row = load_bytes(w + k);
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+      const DotBytes token = load_bytes(x + t * x_stride + k);
+      dots[t] = dot_add(dots[t], row, token);
+      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
+    }
+  }
+  if (k < count) {
+    const DotBytes row = load_bytes(w + k, count - k);
+    for (int t = 0; t < Tokens; ++t) {
+      const DotBytes token = load_bytes(x + t * x_stride + k, count - k);
+      dots[t] = dot_add(dots[t], row, token);
+      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t)
+    sums[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + scale, sums[t]);
+}
+
+inline void add_block(int64_t tokens, const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
+  switch (tokens) {
+    case 1:
+      return add_block<1>(x, x_stride, w, count, scale, sums);
+    case 2:
+      return add_block<2>(x, x_stride, w, count, scale, sums);
+    case 3:
+      return add_block<3>(x, x_stride, w, count, scale, sums);
+    default:
+      return add_block<4>(x, x_stride, w, count, scale, sums);
+  }
+}
+
+// One weight row and a block of tokens: each block of weights, or what of it lies in the row and was decoded, has its scale.
+inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, int64_t token, int64_t tokens, Vector* sums) {
+  alignas(64) int8_t w[kDecodedAtOnce];
+  const int shift = log2_of(a.blocksize);
+  memset(sums, 0, static_cast<size_t>(tokens) * sizeof *sums);
+  for (int64_t k = 0; k < a.K; k += kDecodedAtOnce) {
+    const int64_t width = smaller(kDecodedAtOnce, a.K - k);
+    const int64_t first = row * a.K + k;
+    for (int64_t i = 0; i < width; i += 128) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
+    decode_codes(a.packed, first, width, book, w);
+    for (int64_t i = 0; i < width;) {
+      const int64_t block = (first + i) >> shift;
+      const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
+      const float scale = a.absmax[block] * a.book->unit;
+      for (int64_t t = 0; t < tokens; t += 4) {
+        const int8_t* x = a.x_TK + (token + t) * a.K + k + i;
+        add_block(smaller(4, tokens - t), x, a.K, w + i, part, scale, sums + t);
+      }
+      i += part;
+    }
+  }
+}
+
+void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
+  const BiasedBook book(*a.book);
+  alignas(64) Vector sums[kBlockTokens];
+  for (int64_t token = 0; token < a.T; token += kBlockTokens) {
+    const int64_t tokens = smaller(kBlockTokens, a.T - token);
+    for (int64_t row = first; row < last; ++row) {
+      multiply_row(a, book, row, token, tokens, sums);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float sum = sum_lanes(sums[t]);
+        write_outputs(a, token + t, row, 1, &sum);
+      }
+    }
+  }
+}
+
+// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens, `spans`
+// apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
+template <int Tokens>
+__attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int64_t words, const int32_t* span_sums, int64_t spans,
+                                        const float* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
+  Integers tile[Tokens][kTileVectors];
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) {
+    const Integers start = Integers{} - kBias * span_sums[t * spans];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) tile[t][v] = start;
+  }
+  dot_words<Int8Dots, Tokens>(x, panel, words, ahead, tile);
+#pragma GCC unroll 4
+  for (int v = 0; v < kTileVectors; ++v) {
+    const Vector scale = load_vector(scales + v * kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      float* sum = sums[t] + v * kLanes;
+      const Vector total = multiply_add(__builtin_convertvector(tile[t][v], Vector), scale, load_vector(sum));
+      memcpy(sum, &total, sizeof total);
+    }
+  }
+}
+
+struct Gemm4bitInt8Product {
+  typedef float Sum;
+  static constexpr int64_t kWordValues = kWordBytes;
+  static constexpr uint32_t kFlip = 0;
+  static constexpr int64_t kRowBits = 4;
+
+  const Gemm4bitInt8& a;
+  const BiasedBook book;
+  alignas(64) float scales[kPackedWords * kWordBytes / kMinSpan][kPackedRows];  // of the panel's spans
+
+  void begin_tokens(int64_t, int64_t) {}
+
+  const char* row_at(int64_t row, int64_t k) const { return reinterpret_cast<const char*>(a.packed + (row * a.K + k) / 2); }
+  int64_t row_stride() const { return a.K / 2; }
+
+  void begin_features(int64_t row, int64_t rows, int64_t k, int64_t width) {
+    const int spans_shift = log2_of(a.blocksize / a.span);
+    const int64_t spans = width >> log2_of(a.span);
+    for (int64_t r = 0; r < kPackedRows; ++r) {
+      const int64_t first = ((row + smaller(r, rows - 1)) * a.K + k) >> log2_of(a.span);
+      for (int64_t i = 0; i < spans; ++i) scales[i][r] = a.absmax[(first + i) >> spans_shift] * a.book->unit;
+    }
+  }
+
+  const char* row_words(int64_t row, int64_t k, int64_t width, uint32_t* buffer) const {
+    const int64_t first = row * a.K + k;
+    if (kWordBytes == 4) {
+      decode_codes(a.packed, first, width, book, reinterpret_cast<int8_t*>(buffer));
+    } else {
+      int8_t decoded[kPackedWords * kWordBytes];
+      decode_codes(a.packed, first, width, book, decoded);
+      to_words(decoded, width, buffer);
+    }
+    return reinterpret_cast<const char*>(buffer);
+  }
+
+  TokenWords token_words(int64_t token, int64_t tokens, int64_t k, int64_t width, uint32_t* buffer) const {
+    return int8_tokens(a.x_TK + token * a.K + k, a.K, tokens, width, buffer);
+  }
+
+  template <int Tokens>
+  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+    const int64_t words = a.span / kWordBytes;
+    const int64_t spans = a.K >> log2_of(a.span);
+    for (int64_t i = 0; i < width >> log2_of(a.span); ++i) {
+      const int32_t* span_sums = a.span_sums + token * spans + (k >> log2_of(a.span)) + i;
+      add_span<Tokens>(x, panel, words, span_sums, spans, scales[i] + row, ahead, sums);
+      x.first += words * static_cast<int64_t>(sizeof(uint32_t));
+      panel += words * kPackedRows;
+    }
+  }
+
+  void write(int64_t token, int64_t row, int64_t rows, const Sum* sums) const { write_outputs(a, token, row, rows, sums); }
+};
+
+}  // namespace
+
+void sum_spans(const Gemm4bitInt8& a, int64_t first, int64_t last);
+void sum_spans(const Gemm4bitInt8& a, int64_t first, int64_t last) {
+  const int64_t spans = a.K / a.span;
+  for (int64_t t = first; t < last; ++t) {
+    for (int64_t i = 0; i < spans; ++i) {
+      const int8_t* x = a.x_TK + t * a.K + i * a.span;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < a.span; ++k) sum += x[k];
+      a.span_sums[t * spans + i] = sum;
+    }
+  }
+}
+
+void gemm_4bit_int8(const Gemm4bitInt8& a, int64_t first, int64_t last);
+void gemm_4bit_int8(const Gemm4bitInt8& a, int64_t first, int64_t last) {
+  if (a.T <= kFewTokens || a.span_sums == nullptr) return multiply_rows(a, first, last);
+  Gemm4bitInt8Product product{a, BiasedBook(*a.book), {}};
+  multiply_panels(product, a.T, a.K, first, last);
+}
+
+}  // namespace q_cpu::Q_CPU_LEVEL

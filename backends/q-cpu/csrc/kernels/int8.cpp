@@ -1,0 +1,138 @@
+// Matrix products of int8 rows with int8 rows. Sums are exact, so neither the order nor the kernel makes a difference.
+//
+// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register tiles.
+
+#include "int8.h"
+
+#include "int8_dots.h"
+
+namespace q_cpu::Q_CPU_LEVEL {
+
+void gemm_int8_weight(const GemmInt8Weight& a, int64_t first, int64_t last);
+void gemm_4bit_int8(const Gemm4bitInt8& a, int64_t first, int64_t last);
+void sum_spans(const Gemm4bitInt8& a, int64_t first, int64_t last);
+
+namespace {
+
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kPrefetchBytes = 4096;
+
+// Writes `rows` (up to kPackedRows) outputs of a token from their sums.
+inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t rows, const int32_t* sums, int32_t bias) {
+  constexpr float kInverse = 1.0f / 16129.0f;
+  const float token_scale = a.a_scale_T[token];
+  const float* scales = a.b_scale_N + row;
+  float out[kPackedRows];
+  for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<float>(sums[r] - bias) * (token_scale * scales[r] * kInverse);
+  if (a.bias_N) {
+    for (int64_t r = 0; r < rows; ++r) out[r] += a.bias_N[row + r];
+  }
+  store(out, rows, a.out_TN, a.dtype, token * a.N + row);
+}
+
+// The dot products of Tokens tokens and kRowsAtOnce rows; `next` is what to prefetch meanwhile.
+template <int Tokens>
+inline void dot_rows(const int8_t* x, const int8_t* const (&w)[kRowsAtOnce], int64_t K, const int8_t* next,
+                     Integers (&sums)[kRowsAtOnce][Tokens]) {
+  int64_t k = 0;
+  for (; k + kDotBytes <= K; k += kDotBytes) {
+    DotBytes rows[kRowsAtOnce];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      __builtin_prefetch(next + kRowsAtOnce * k + r * kDotBytes);
+      rows[r] = biased(load_bytes(w[r] + k));
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+      const DotBytes token = load_bytes(x + t * K + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = dot_add(sums[r][t], rows[r], token);
+    }
+  }
+  if (k == K) return;
+  for (int t = 0; t < Tokens; ++t) {
+    const DotBytes token = load_bytes(x + t * K + k, K - k);
+    for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = dot_add(sums[r][t], biased(load_bytes(w[r] + k, K - k)), token);
+  }
+}
+
+template <int Tokens>
+void few_tokens(const Int8Gemm& a, int64_t first, int64_t last) {
+  int32_t biases[Tokens];
+  for (int t = 0; t < Tokens; ++t) biases[t] = bias_of(a.a_TK + t * a.K, a.K);
+  const int64_t ahead = kRowsAtOnce * a.K > kPrefetchBytes ? kRowsAtOnce * a.K : kPrefetchBytes;
+  for (int64_t row = first; row < last; row += kRowsAtOnce) {
+    const int64_t rows = smaller(kRowsAtOnce, last - row);
+    const int8_t* w[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) w[r] = a.b_NK + (row + smaller(r, rows - 1)) * a.K;
+    Integers sums[kRowsAtOnce][Tokens] = {};
+    dot_rows<Tokens>(a.a_TK, w, a.K, w[0] + ahead, sums);
+    for (int t = 0; t < Tokens; ++t) {
+      int32_t totals[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; ++r) totals[r] = sum_integers(sums[r][t]);
+      write_outputs(a, t, row, rows, totals, biases[t]);
+    }
+  }
+}
+
+struct Int8Product {
+  typedef int32_t Sum;
+  static constexpr int64_t kWordValues = kWordBytes;
+  static constexpr uint32_t kFlip = kBiasWord;
+  static constexpr int64_t kRowBits = 8;
+
+  const Int8Gemm& a;
+  int64_t first_token;
+  int32_t biases[kBlockTokens];
+
+  void begin_tokens(int64_t token, int64_t tokens) {
+    first_token = token;
+    for (int64_t t = 0; t < tokens; ++t) biases[t] = bias_of(a.a_TK + (token + t) * a.K, a.K);
+  }
+
+  void begin_features(int64_t, int64_t, int64_t, int64_t) {}
+
+  const char* row_at(int64_t row, int64_t k) const { return reinterpret_cast<const char*>(a.b_NK + row * a.K + k); }
+  int64_t row_stride() const { return a.K; }
+
+  const char* row_words(int64_t row, int64_t k, int64_t width, uint32_t* buffer) const {
+    return int8_words(a.b_NK + row * a.K + k, width, buffer);
+  }
+
+  TokenWords token_words(int64_t token, int64_t tokens, int64_t k, int64_t width, uint32_t* buffer) const {
+    return int8_tokens(a.a_TK + token * a.K + k, a.K, tokens, width, buffer);
+  }
+
+  template <int Tokens>
+  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+    add_products<Int8Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, ahead, sums);
+  }
+
+  void write(int64_t token, int64_t row, int64_t rows, const Sum* sums) const {
+    write_outputs(a, token, row, rows, sums, biases[token - first_token]);
+  }
+};
+
+void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
+  static_assert(kFewTokens == 4);
+  switch (a.T) {
+    case 1:
+      return few_tokens<1>(a, first, last);
+    case 2:
+      return few_tokens<2>(a, first, last);
+    case 3:
+      return few_tokens<3>(a, first, last);
+    case 4:
+      return few_tokens<4>(a, first, last);
+    default:
+      Int8Product product{a, 0, {}};
+      return multiply_panels(product, a.T, a.K, first, last);
+  }
+}
+
+}  // namespace
+
+extern const Int8Kernels int8_kernels;
+const Int8Kernels int8_kernels = {int8_gemm, gemm_int8_weight, gemm_4bit_int8, sum_spans};
+
+}  // namespace q_cpu::Q_CPU_LEVEL
