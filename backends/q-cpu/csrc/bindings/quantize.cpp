@@ -35,13 +35,13 @@ void dequantize_blockwise(py::handle codes, py::handle absmax, py::handle code, 
     bad_value({op, "code"}, "has " + std::to_string(book.numel()) + " entries, expected 2 to " + std::to_string(kBookSize));
   }
   // A whole table, so that a code beyond the book decodes to something and not to what lies behind it in memory.
-  float values[kBookSize] = {};
-  std::copy_n(book.data<const float>(), book.numel(), values);
+  ValueTable table;
+  build_value_table(book.data<const float>(), static_cast<int>(book.numel()), 0.0f, &table);
   const int64_t blocks = count_blocks(op, result.numel(), blocksize);
   const DequantizeBlockwise args{
       TensorView(codes, {op, "codes"}).of(Scalar::u8).sized(result.numel()).data<const uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<const float>(),
-      values,
+      &table,
       result.numel(),
       blocksize,
       result.data<void>(),

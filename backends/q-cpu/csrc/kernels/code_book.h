@@ -3,6 +3,8 @@
 // The code of s is the number of midpoints below s. Floats of one sign, exponent and seven leading mantissa bits form a cell; a
 // table gives each cell the number of midpoints below all of it, and at most `steps` midpoints inside the cell are left to compare
 // with. Cells are fine enough for the dynamic 8-bit maps to need one comparison; any other book is as right, with more.
+//
+// The dynamic maps have a faster way too, one that needs no loads from a table larger than registers: see LinearGuess.
 
 #pragma once
 
@@ -16,24 +18,68 @@ constexpr int32_t kSmallestCell = (127 - 24) << 7;         // all magnitudes bel
 constexpr int32_t kLastCell = (127 << 7) - kSmallestCell;  // magnitude 1
 constexpr int32_t kCellsPerSign = kLastCell + 1;
 
+// 256 floats, also as four tables of their bytes, the lowest first: 256 bytes fit into four vector registers.
+struct ValueTable {
+  float values[kBookSize];
+  uint8_t planes[4][kBookSize];
+};
+
+constexpr float kGuessFloor = 1e-9f;  // magnitudes below are taken as this one; above 2^-31, below any midpoint
+
+// The code of a magnitude in 0…1 by a straight line for each decade, as entries within a decade of a dynamic map are evenly spaced:
+// slope * s + offset, cut to an integer, is the code or the one below it, so one comparison with a midpoint is left. The decade
+// (segment) is that at the beginning of the magnitude's binade, or the next one if s is beyond `boundary`.
+//
+// A signed map mirrors itself about its zero_code: the code of -s is zero_code minus that of s, where a tie goes to the higher
+// magnitude; that is, to the code of the next float after s.
+struct LinearGuess {
+  bool holds;  // for every float; else the cells must be used
+  bool mirrored;
+  float boundary[32];  // by the exponent's lowest five bits
+  int32_t segment[32];
+  float slope[16];
+  float offset[16];
+  uint8_t midpoint_planes[4][kBookSize];  // of magnitudes, by their code
+};
+
 struct CodeBook {
-  float values[kBookSize];     // padded with the last entry
+  ValueTable table;            // padded with the last entry
   float midpoints[kBookSize];  // padded with infinity
   uint8_t cells[2 * kCellsPerSign];
   int32_t steps;
   uint8_t zero_code;
+  LinearGuess guess;
 };
 
+// How the scales of a 4-bit type are rounded, see q_core.ops.quantize.
+enum class ScaleRule : uint8_t { absmax, e8m0, e4m3 };
+
+constexpr int kFourBitCells = 32;
+constexpr float kFourBitCellsPerUnit = 15.99f;
+
 // A 4-bit code book. The code of a scaled value s is `lowest_code` plus the steps of all midpoints below s.
+//
+// Or by cells of equal width, that of s being trunc(s * kFourBitCellsPerUnit + 16) with one rounding: no cell has two midpoints in
+// it, so the code is `cell_codes`, or beyond the cell's midpoint `cell_codes_above`.
 struct FourBitBook {
   float values[16];
   float midpoints[15];  // ascending, padded with infinity
   int32_t steps[15];    // difference between the codes on either side of a midpoint
   int32_t lowest_code;
   int32_t zero_code;
+  ScaleRule scale;
+  float cell_midpoints[kFourBitCells];  // infinity where there is none
+  int32_t cell_codes[kFourBitCells];
+  int32_t cell_codes_above[kFourBitCells];
 };
 
 // Fills `book` from `size` (2…256) ascending entries.
 void build_code_book(const float* entries, int size, CodeBook* book);
+
+// Fills the tables from `size` entries, `rest` after them.
+void build_value_table(const float* entries, int size, float rest, ValueTable* table);
+
+// Fills the cells from the rest of the book; false if a cell has two midpoints in it.
+bool build_four_bit_cells(FourBitBook* book);
 
 }  // namespace q_cpu

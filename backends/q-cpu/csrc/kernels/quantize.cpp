@@ -97,7 +97,7 @@ void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last)
     const int64_t begin = block * a.blocksize;
     const int64_t count = block_length(block, a.blocksize, a.numel);
     const float* x = load(a.A, a.dtype, begin, count, buffer);
-    a.absmax[block] = encode_block(x, count, *a.book, a.codes + begin);
+    a.absmax[block] = encode_block(x, count, absmax_bits(x, count), *a.book, a.codes + begin);
   }
 }
 
@@ -107,7 +107,7 @@ void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t l
     const int64_t begin = block * a.blocksize;
     const int64_t count = block_length(block, a.blocksize, a.numel);
     float* out = destination(a.out, a.dtype, begin, buffer);
-    decode_block(a.codes + begin, count, a.book, a.absmax[block], out);
+    decode_block(a.codes + begin, count, *a.table, a.absmax[block], out);
     store(out, count, a.out, a.dtype, begin);
   }
 }

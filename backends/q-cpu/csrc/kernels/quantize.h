@@ -20,7 +20,7 @@ struct QuantizeBlockwise {
 struct DequantizeBlockwise {
   const uint8_t* codes;
   const float* absmax;
-  const float* book;  // 256 entries
+  const ValueTable* table;
   int64_t numel;
   int64_t blocksize;
   void* out;
