@@ -127,16 +127,18 @@ void build_value_table(const float* entries, int size, float rest, ValueTable* t
 }
 
 bool build_four_bit_cells(FourBitBook* book) {
-  const auto cell_of = [](float s) { return static_cast<int>(std::fma(s, kFourBitCellsPerUnit, 16.0f)); };
+  const auto is_in = [&](int midpoint, int cell) {
+    if (midpoint == 15 || book->midpoints[midpoint] > 1) return false;
+    return static_cast<int>(std::fma(book->midpoints[midpoint], kFourBitCellsPerUnit, 16.0f)) == cell;
+  };
   int32_t code = book->lowest_code;
   int next = 0;
   for (int cell = 0; cell < kFourBitCells; ++cell) {
-    const bool has_midpoint = next < 15 && book->midpoints[next] <= 1 && cell_of(book->midpoints[next]) == cell;
-    book->cell_midpoints[cell] = has_midpoint ? book->midpoints[next] : kInfinity;
-    book->cell_codes[cell] = code;
-    if (has_midpoint) code += book->steps[next++];
-    book->cell_codes_above[cell] = code;
-    if (next < 15 && book->midpoints[next] <= 1 && cell_of(book->midpoints[next]) == cell) return false;
+    book->cell_midpoints[cell] = is_in(next, cell) ? book->midpoints[next] : kInfinity;
+    book->cell_codes[cell] = static_cast<uint8_t>(code);
+    if (is_in(next, cell)) code += book->steps[next++];
+    book->cell_codes[kFourBitCells + cell] = static_cast<uint8_t>(code);
+    if (is_in(next, cell)) return false;
   }
   return true;
 }

@@ -59,8 +59,8 @@ constexpr float kFourBitCellsPerUnit = 15.99f;
 
 // A 4-bit code book. The code of a scaled value s is `lowest_code` plus the steps of all midpoints below s.
 //
-// Or by cells of equal width, that of s being trunc(s * kFourBitCellsPerUnit + 16) with one rounding: no cell has two midpoints in
-// it, so the code is `cell_codes`, or beyond the cell's midpoint `cell_codes_above`.
+// Or by cells of equal width: s is in the cell trunc(s * kFourBitCellsPerUnit + 16), rounded once before it is cut. No cell has two
+// midpoints in it, so the code is cell_codes[cell] up to the cell's midpoint, and cell_codes[kFourBitCells + cell] above.
 struct FourBitBook {
   float values[16];
   float midpoints[15];  // ascending, padded with infinity
@@ -69,8 +69,7 @@ struct FourBitBook {
   int32_t zero_code;
   ScaleRule scale;
   float cell_midpoints[kFourBitCells];  // infinity where there is none
-  int32_t cell_codes[kFourBitCells];
-  int32_t cell_codes_above[kFourBitCells];
+  uint8_t cell_codes[2 * kFourBitCells];
 };
 
 // Fills `book` from `size` (2…256) ascending entries.
