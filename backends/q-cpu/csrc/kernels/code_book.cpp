@@ -24,10 +24,9 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
-void split_into_planes(const float* values, uint8_t (*planes)[kBookSize]) {
+void split_into_planes(const uint32_t* values, uint8_t (*planes)[kBookSize]) {
   for (int i = 0; i < kBookSize; ++i) {
-    const uint32_t bits = bits_of(values[i]);
-    for (int plane = 0; plane < 4; ++plane) planes[plane][i] = static_cast<uint8_t>(bits >> (8 * plane));
+    for (int plane = 0; plane < 4; ++plane) planes[plane][i] = static_cast<uint8_t>(values[i] >> (8 * plane));
   }
 }
 
@@ -53,58 +52,65 @@ Magnitudes magnitudes_of(const CodeBook& book, int size) {
   return result;
 }
 
+// A line in codes over magnitudes: through entries in the middle of equal steps, cut by half a step for the guess.
+struct Line {
+  double start;  // magnitude that it is drawn from
+  double slope, offset;
+};
+
 // The lines through the decades of a dynamic map with `first` entries in the first decade, twice as many in each that follows.
 void draw_lines(int first, LinearGuess* guess) {
-  float starts[kDecades];
+  Line lines[kDecades + 1] = {{0, 0, 0}};
   int code = 1;  // after the zero
   for (int decade = 0; decade < kDecades; ++decade) {
     const int count = first << decade;
     const double start = std::pow(10.0, decade - kDecades);
-    const double spacing = 9 * start / count;
-    starts[decade] = static_cast<float>(start);
-    guess->slope[decade + 1] = static_cast<float>(1 / spacing);
-    guess->offset[decade + 1] = static_cast<float>(code - start / spacing - 0.5);
+    const double slope = count / (9 * start);
+    // Halfway between the code and the one below, and half the width of a key up, as keys are cut off.
+    lines[decade + 1] = {start, slope, code - start * slope - 0.4};
     code += count;
   }
-  guess->slope[0] = guess->offset[0] = 0;
-  for (int i = kDecades + 1; i < 16; ++i) guess->slope[i] = guess->offset[i] = 0;
   for (int binade = 0; binade < 32; ++binade) {
-    const float begin = std::ldexp(1.0f, binade - 31);
-    const auto beyond = [&](float limit) { return static_cast<int32_t>(std::lower_bound(starts, starts + kDecades, limit) - starts); };
-    guess->segment[binade] = beyond(begin);
-    guess->boundary[binade] = beyond(2 * begin) > beyond(begin) ? starts[beyond(begin)] : kInfinity;
+    const double begin = std::ldexp(1.0, binade - 31);
+    int line = 0;
+    while (line < kDecades && lines[line + 1].start <= begin) ++line;
+    const bool has_two = line < kDecades && lines[line + 1].start < 2 * begin;
+    guess->boundary[binade] = static_cast<uint16_t>((binade << 8) + 255);
+    if (has_two) guess->boundary[binade] = static_cast<uint16_t>((binade << 8) + 256 * (lines[line + 1].start / begin - 1));
+    for (const int second : {0, 1}) {
+      const Line& through = lines[line + (second && has_two)];
+      const double at_begin = std::max(0.0, through.offset + through.slope * begin);
+      guess->slope[32 * second + binade] = static_cast<uint16_t>(std::lround(256 * through.slope * begin));
+      guess->offset[32 * second + binade] = static_cast<uint16_t>(std::lround(256 * at_begin));
+    }
   }
 }
 
-int32_t guessed(const LinearGuess& guess, float s) {
-  s = std::max(s, kGuessFloor);
-  const uint32_t binade = (bits_of(s) >> 23) & 31;
-  const int32_t segment = guess.segment[binade] + (s > guess.boundary[binade]);
-  return static_cast<int32_t>(std::fma(s, guess.slope[segment], guess.offset[segment]));
+// As the kernels compute it, in 16 bits.
+int32_t guessed(const LinearGuess& guess, uint32_t key) {
+  const uint32_t binade = key >> 8;
+  const uint32_t line = binade + (key > guess.boundary[binade] ? 32 : 0);
+  const uint32_t mantissa = (key << 8) & 0xffffu;
+  return static_cast<int32_t>((((mantissa * guess.slope[line]) >> 16) + guess.offset[line]) & 0xffffu) >> 8;
 }
 
-// A guess rises with s within a segment, and so does the code; it is enough to look where a code or a segment begins and ends.
+// Whether the guess is the code or the one below, for all magnitudes of every key. Keys above that of 1 don't occur.
 bool guess_holds(const LinearGuess& guess, const Magnitudes& magnitudes) {
   const float* begin = magnitudes.midpoints;
   const float* end = begin + magnitudes.count - 1;
-  const int limit = guess.mirrored ? kBookSize / 2 : kBookSize;
-  const auto holds_about = [&](float s) {
-    for (const float at : {s, std::nextafter(s, kInfinity)}) {
-      const auto code = static_cast<int32_t>(std::lower_bound(begin, end, at) - begin);
-      const int32_t found = guessed(guess, at);
-      if (found < 0 || found >= limit || (found != code && found != code - 1)) return false;
-    }
-    return true;
+  const auto code_of = [&](uint32_t doubled) {
+    return static_cast<int32_t>(std::lower_bound(begin, end, from_bits(doubled >> 1)) - begin);
   };
-  if (*begin <= kGuessFloor || end[-1] > 1) return false;
-  for (const float* midpoint = begin; midpoint < end; ++midpoint) {
-    if (!holds_about(*midpoint)) return false;
+  constexpr uint32_t kKeyOfOne = 31 << 8;
+  const int32_t limit = guess.mirrored ? kBookSize / 2 : kBookSize;
+  const uint32_t step = guess.mirrored ? 2 : 1;
+  for (uint32_t key = 0; key <= kKeyOfOne; key += step) {
+    const uint32_t smallest = key == 0 ? 0 : (key + kGuessFirstKey) << 16;
+    const uint32_t largest = ((key + kGuessFirstKey + step) << 16) - 1;
+    const int32_t found = guessed(guess, key);
+    if (found >= limit || found > code_of(smallest) || found < code_of(largest) - 1) return false;
   }
-  for (int binade = 0; binade < 32; ++binade) {
-    if (guess.boundary[binade] != kInfinity && !holds_about(guess.boundary[binade])) return false;
-    if (!holds_about(std::nextafter(std::ldexp(1.0f, binade - 31), 0.0f))) return false;
-  }
-  return holds_about(0) && holds_about(1);
+  return *begin > 0 && end[-1] < 1;
 }
 
 void build_guess(int size, CodeBook* book) {
@@ -112,18 +118,23 @@ void build_guess(int size, CodeBook* book) {
   guess.holds = false;
   guess.mirrored = is_mirrored(*book);
   if (!guess.mirrored && book->zero_code != 0) return;
-  if (size - book->zero_code < 3) return;
+  if (size - book->zero_code < 2) return;
   const Magnitudes magnitudes = magnitudes_of(*book, size);
   draw_lines(guess.mirrored ? 1 : 2, &guess);
   guess.holds = guess_holds(guess, magnitudes);
-  split_into_planes(magnitudes.midpoints, guess.midpoint_planes);
+  uint32_t doubled[kBookSize];
+  constexpr uint32_t kBeyondAny = 0x7fffffffu;  // for infinity: magnitudes go to 1, and their differences must not overflow
+  for (int i = 0; i < kBookSize; ++i) doubled[i] = std::min(bits_of(magnitudes.midpoints[i]) << 1, kBeyondAny);
+  split_into_planes(doubled, guess.midpoint_planes);
 }
 
 }  // namespace
 
 void build_value_table(const float* entries, int size, float rest, ValueTable* table) {
   for (int i = 0; i < kBookSize; ++i) table->values[i] = i < size ? entries[i] : rest;
-  split_into_planes(table->values, table->planes);
+  uint32_t bits[kBookSize];
+  std::memcpy(bits, table->values, sizeof bits);
+  split_into_planes(bits, table->planes);
 }
 
 bool build_four_bit_cells(FourBitBook* book) {

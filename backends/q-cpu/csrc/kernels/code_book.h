@@ -13,6 +13,7 @@
 namespace q_cpu {
 
 constexpr int kBookSize = 256;
+constexpr int kTableAlignment = 64;  // of what is loaded by whole vectors
 constexpr int kCellShift = 16;                             // leaves sign, exponent and 7 mantissa bits
 constexpr int32_t kSmallestCell = (127 - 24) << 7;         // all magnitudes below 2^-24 share the first cell
 constexpr int32_t kLastCell = (127 << 7) - kSmallestCell;  // magnitude 1
@@ -20,26 +21,27 @@ constexpr int32_t kCellsPerSign = kLastCell + 1;
 
 // 256 floats, also as four tables of their bytes, the lowest first: 256 bytes fit into four vector registers.
 struct ValueTable {
-  float values[kBookSize];
-  uint8_t planes[4][kBookSize];
+  alignas(kTableAlignment) float values[kBookSize];
+  alignas(kTableAlignment) uint8_t planes[4][kBookSize];
 };
 
-constexpr float kGuessFloor = 1e-9f;  // magnitudes below are taken as this one; above 2^-31, below any midpoint
-
-// The code of a magnitude in 0…1 by a straight line for each decade, as entries within a decade of a dynamic map are evenly spaced:
-// slope * s + offset, cut to an integer, is the code or the one below it, so one comparison with a midpoint is left. The decade
-// (segment) is that at the beginning of the magnitude's binade, or the next one if s is beyond `boundary`.
+// The code of a magnitude in 0…1 by a straight line for each binade, or by two that meet at `boundary`, as entries within a decade of
+// a dynamic map are evenly spaced. In 16 bits: 5 of the exponent, 8 of the mantissa make the key of a magnitude; the line's value, cut
+// to an integer, is its code or the one below it, so that one comparison with a midpoint is left.
 //
 // A signed map mirrors itself about its zero_code: the code of -s is zero_code minus that of s, where a tie goes to the higher
-// magnitude; that is, to the code of the next float after s.
+// magnitude. Bit patterns rotated left by one, so that the sign is last and lifts a tie, make one comparison of both. There a key
+// has one bit less: it is even.
+constexpr int kGuessKeys = 32 << 8;
+constexpr int32_t kGuessFirstKey = (127 - 31) << 8;  // of all magnitudes below 2^-30; 16 bits after the sign
+
 struct LinearGuess {
-  bool holds;  // for every float; else the cells must be used
+  bool holds;  // for every key; else the cells must be used
   bool mirrored;
-  float boundary[32];  // by the exponent's lowest five bits
-  int32_t segment[32];
-  float slope[16];
-  float offset[16];
-  uint8_t midpoint_planes[4][kBookSize];  // of magnitudes, by their code
+  alignas(kTableAlignment) uint16_t boundary[32];  // the last key of a binade's first line
+  alignas(kTableAlignment) uint16_t slope[64];     // in 1/256 codes a binade: of first lines, and then of second ones
+  alignas(kTableAlignment) uint16_t offset[64];    // in 1/256 codes, at the beginning of the binade
+  alignas(kTableAlignment) uint8_t midpoint_planes[4][kBookSize];  // midpoints by magnitude's code, twice their bit patterns
 };
 
 struct CodeBook {
@@ -62,14 +64,14 @@ constexpr float kFourBitCellsPerUnit = 15.99f;
 // Or by cells of equal width: s is in the cell trunc(s * kFourBitCellsPerUnit + 16), rounded once before it is cut. No cell has two
 // midpoints in it, so the code is cell_codes[cell] up to the cell's midpoint, and cell_codes[kFourBitCells + cell] above.
 struct FourBitBook {
-  float values[16];
+  alignas(kTableAlignment) float values[16];
   float midpoints[15];  // ascending, padded with infinity
   int32_t steps[15];    // difference between the codes on either side of a midpoint
   int32_t lowest_code;
   int32_t zero_code;
   ScaleRule scale;
-  float cell_midpoints[kFourBitCells];  // infinity where there is none
-  uint8_t cell_codes[2 * kFourBitCells];
+  alignas(kTableAlignment) float cell_midpoints[kFourBitCells];  // infinity where there is none
+  alignas(kTableAlignment) uint8_t cell_codes[2 * kFourBitCells];
 };
 
 // Fills `book` from `size` (2…256) ascending entries.

@@ -30,12 +30,16 @@ inline Integers magnitude_bits(Vector v) { return reinterpret_cast<Integers>(v) 
 inline Integers larger(Integers a, Integers b) { return a > b ? a : b; }
 
 inline uint32_t largest_lane(Integers v) {
+#if defined(__AVX512F__)
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v)));
+#else
   int32_t lanes[kLanes];
   memcpy(lanes, &v, sizeof v);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   }
   return static_cast<uint32_t>(lanes[0]);
+#endif
 }
 
 // -1, 0 or 1.

@@ -34,25 +34,48 @@ inline __m256i encode_nibbles_64(const float* x, const __m512* factors, const Fo
 // Encodes the blocks of a group, or returns false where one of them has no ordinary reciprocal of its scale.
 template <int kBlocks>
 inline bool encode_group(const float* x, const FourBitBook& book, float tensor_scale, float* absmax, uint8_t* packed) {
-  static_assert(kBlocks == 2 || kBlocks == 4);
   constexpr int kParts = 4 / kBlocks;
   const __m512i magnitude = _mm512_set1_epi32(static_cast<int32_t>(kMagnitude));
   __m512 factors[4];
   bool ordinary = true;
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) {
-    const float* from = x + block * kParts * 16;
-    _mm_prefetch(reinterpret_cast<const char*>(from + kPrefetchDistance), _MM_HINT_T0);
-    __m512i largest = _mm512_and_si512(_mm512_loadu_si512(from), magnitude);
-    if (kParts == 2) largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(from + 16), magnitude));
+    __m512i largest = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int part = block * kParts; part < (block + 1) * kParts; ++part) {
+      _mm_prefetch(reinterpret_cast<const char*>(x + 16 * part + kPrefetchDistance), _MM_HINT_T0);
+      largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + 16 * part), magnitude));
+    }
     absmax[block] = stored_scale(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)), book, tensor_scale);
     ordinary &= absmax[block] >= kSmallestNormal && is_scalable(bits_of(absmax[block]));
-    factors[block * kParts] = _mm512_set1_ps(1.0f / absmax[block]);
-    if (kParts == 2) factors[block * kParts + 1] = factors[block * kParts];
+    const __m512 factor = _mm512_set1_ps(1.0f / absmax[block]);
+#pragma GCC unroll 4
+    for (int part = block * kParts; part < (block + 1) * kParts; ++part) factors[part] = factor;
   }
   if (!ordinary) return false;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), encode_nibbles_64(x, factors, book));
   return true;
+}
+
+// Encodes groups of whole blocks from the beginning of `count` elements on, as far as they are ordinary; returns how many elements.
+template <int kBlocks>
+inline int64_t encode_blocks(const float* x, int64_t count, const FourBitBook& book, float tensor_scale, float* absmax,
+                             uint8_t* packed) {
+  int64_t i = 0;
+  while (i + kGroup <= count && encode_group<kBlocks>(x + i, book, tensor_scale, absmax + i / kGroup * kBlocks, packed + i / 2)) {
+    i += kGroup;
+  }
+  return i;
+}
+
+inline int64_t encode_small_blocks(const float* x, int64_t count, int64_t blocksize, const FourBitBook& book, float tensor_scale,
+                                   float* absmax, uint8_t* packed) {
+  switch (blocksize) {
+    case 16: return encode_blocks<4>(x, count, book, tensor_scale, absmax, packed);
+    case 32: return encode_blocks<2>(x, count, book, tensor_scale, absmax, packed);
+    case 64: return encode_blocks<1>(x, count, book, tensor_scale, absmax, packed);
+    default: return 0;
+  }
 }
 
 // Encodes the whole groups of a block with an ordinary scale; returns how many elements they are.

@@ -9,7 +9,14 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-// Buffers of a block each, apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
+// Blocks are taken so many at a time that their scales, each found by a long chain of dependent steps, are found side by side.
+constexpr int64_t kElementsAtOnce = 1024;
+constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
+
+// How far ahead parameters are fetched: while states are encoded, nothing is.
+constexpr int64_t kElementsAhead = kElementsAtOnce;
+
+// Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
 constexpr int64_t kBuffer = kMaxBlocksize + 80;
 
 struct Buffers {
@@ -33,21 +40,22 @@ constexpr bool keeps(int state) {
 
 enum class Bits { eight, thirty_two };
 
+// Takes the buffers from `offset` on.
 template <class Rule, Bits kBits>
-inline Unit load_unit(const OptimizerTensor& a, int64_t index, Buffers& buffers) {
+inline Unit load_unit(const OptimizerTensor& a, int64_t index, Buffers& buffers, int64_t offset) {
   Unit unit;
   unit.begin = index * a.unit;
   unit.count = smaller(a.unit, a.numel - unit.begin);
-  unit.grad = load(a.grad, a.dtype, unit.begin, unit.count, buffers.grad);
-  load(a.param, a.dtype, unit.begin, unit.count, buffers.param);
-  unit.param = destination(a.param, a.dtype, unit.begin, buffers.param);
+  unit.grad = load(a.grad, a.dtype, unit.begin, unit.count, buffers.grad + offset);
+  load(a.param, a.dtype, unit.begin, unit.count, buffers.param + offset);
+  unit.param = destination(a.param, a.dtype, unit.begin, buffers.param + offset);
   for (int i = 0; i < kMaxStates; ++i) {
     if (!keeps<Rule>(i)) {
       unit.states[i] = nullptr;
     } else if (kBits == Bits::thirty_two) {
       unit.states[i] = a.states[i] + unit.begin;
     } else {
-      unit.states[i] = buffers.states[i];
+      unit.states[i] = buffers.states[i] + offset;
       decode_block(a.codes[i] + unit.begin, unit.count, a.books[i]->table, a.absmax[i][index], unit.states[i]);
     }
   }
@@ -127,6 +135,7 @@ inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h
   Largest largest{};
   int64_t i = 0;
   for (; i + kLanes <= unit.count; i += kLanes) {
+    __builtin_prefetch(unit.param + i + kElementsAhead, 1);
     const Elements e = updated<Rule, kBits>(load_elements<Rule>(unit, i), trust_ratio, h);
     store_elements<Rule>(e, unit, i);
     if (kBits == Bits::eight) largest.template include<Rule>(e.s);
@@ -139,20 +148,34 @@ inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h
   return largest;
 }
 
+template <class Rule>
+inline void encode_unit(const OptimizerTensor& a, int64_t index, const Unit& unit, const Largest& largest) {
+  const Integers found[kMaxStates] = {largest.m, largest.v, largest.slow};
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!keeps<Rule>(i)) continue;
+    a.absmax[i][index] = encode_block(unit.states[i], unit.count, largest_lane(found[i]), *a.books[i], a.codes[i] + unit.begin);
+  }
+}
+
 template <class Rule, Bits kBits>
 void step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
   Buffers buffers;
-  for (int64_t index = first; index < last; ++index) {
-    const Unit unit = load_unit<Rule, kBits>(a, index, buffers);
-    if (kBits == Bits::eight && absmax_bits(unit.grad, unit.count) >= kInfinity) continue;
-    const Largest largest = update_unit<Rule, kBits>(unit, a.trust_ratio, h);
-    store(unit.param, unit.count, a.param, a.dtype, unit.begin);
+  Unit units[kMostAtOnce];
+  Largest largest[kMostAtOnce];
+  bool finite[kMostAtOnce];
+  const int64_t at_once = a.unit < kElementsAtOnce ? kElementsAtOnce / a.unit : 1;
+  for (int64_t index = first; index < last; index += at_once) {
+    const int64_t count = smaller(at_once, last - index);
+    for (int64_t i = 0; i < count; ++i) {
+      const Unit& unit = units[i] = load_unit<Rule, kBits>(a, index + i, buffers, i * a.unit);
+      finite[i] = kBits == Bits::thirty_two || absmax_bits(unit.grad, unit.count) < kInfinity;
+      if (!finite[i]) continue;
+      largest[i] = update_unit<Rule, kBits>(unit, a.trust_ratio, h);
+      store(unit.param, unit.count, a.param, a.dtype, unit.begin);
+    }
     if (kBits == Bits::thirty_two) continue;
-    const Integers found[kMaxStates] = {largest.m, largest.v, largest.slow};
-    for (int i = 0; i < kMaxStates; ++i) {
-      if (!keeps<Rule>(i)) continue;
-      a.absmax[i][index] =
-          encode_block(unit.states[i], unit.count, largest_lane(found[i]), *a.books[i], a.codes[i] + unit.begin);
+    for (int64_t i = 0; i < count; ++i) {
+      if (finite[i]) encode_unit<Rule>(a, index + i, units[i], largest[i]);
     }
   }
 }
@@ -162,7 +185,7 @@ OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first,
   Buffers buffers;
   OptimizerNorms sums{0, 0, true};
   for (int64_t index = first; index < last; ++index) {
-    const Unit unit = load_unit<Rule, kBits>(a, index, buffers);
+    const Unit unit = load_unit<Rule, kBits>(a, index, buffers, 0);
     sums.finite &= absmax_bits(unit.grad, unit.count) < kInfinity;
     Vector params = {}, updates = {};
     for (int64_t i = 0; i < unit.count; i += kLanes) {

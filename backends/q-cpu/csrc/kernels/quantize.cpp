@@ -58,14 +58,11 @@ inline void encode_block_4bit(const float* x, int64_t count, float absmax, const
   }
 }
 
-// Encodes `count` elements from a block's first on, block by block.
+// Encodes `count` elements from a block's first on.
 inline void encode_blocks_4bit(const float* x, int64_t count, const Quantize4bit& a, float* absmax, uint8_t* packed) {
   int64_t i = 0;
 #if defined(__AVX512VBMI__)
-  if (a.blocksize < kGroup) {
-    const auto encode = a.blocksize == 16 ? encode_group<4> : encode_group<2>;
-    while (i + kGroup <= count && encode(x + i, *a.book, a.tensor_scale, absmax + i / a.blocksize, packed + i / 2)) i += kGroup;
-  }
+  i = encode_small_blocks(x, count, a.blocksize, *a.book, a.tensor_scale, absmax, packed);
 #endif
   for (; i < count; i += a.blocksize) {
     const int64_t part = smaller(a.blocksize, count - i);
@@ -144,8 +141,8 @@ void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t l
   }
 }
 
-// Blocks taken at a time: enough of small ones to make a vector of several.
-inline int64_t blocks_at_once(int64_t blocksize) { return blocksize < kChunk ? kChunk / blocksize : 1; }
+// Blocks taken at a time: enough of small ones to fill several vectors.
+inline int64_t blocks_at_once(int64_t blocksize) { return blocksize < kMaxBlocksize ? kMaxBlocksize / blocksize : 1; }
 
 void find_absmax(const Quantize4bit& a, int64_t first, int64_t last) {
   float buffer[kMaxBlocksize];
