@@ -24,7 +24,10 @@ class Level:
 
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512")
+AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mbmi2",
+    "-mprefer-vector-width=512",
+)  # fmt: skip
 
 LEVELS = [Level("baseline", "baseline")]
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -33,7 +36,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # Rounding is specified step by step, so no contraction; errno and trapping keep loops from being vectorized and change no result.
 KERNEL_FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-    "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # the last: gcc 12 warns of its own AVX-512 headers
+    "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # the last two: gcc 12 warns of its own AVX-512 headers
 )  # fmt: skip
 
 KERNELS = Path("csrc/kernels")

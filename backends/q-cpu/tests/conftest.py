@@ -46,14 +46,16 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def _encode_blocks(A: Tensor, book: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Index of the nearest entry of an ascending book, and absmax: the rule of ``q_core.ops.quantize`` spelled out, flat."""
+def _encode_blocks(
+    A: Tensor, book: Tensor, blocksize: int, scale: Callable[[Tensor], Tensor] = lambda absmax: absmax
+) -> tuple[Tensor, Tensor]:
+    """Index of the nearest entry of an ascending book, and scales: the rule of ``q_core.ops.quantize`` spelled out, flat."""
     flat = A.reshape(-1).float()
     blocks = -(-flat.numel() // blocksize)
     padded = torch.zeros(blocks * blocksize)
     padded[: flat.numel()] = flat
     x = padded.view(blocks, blocksize)
-    absmax = torch.where(x.isnan().any(1), torch.nan, x.abs().amax(1)) if blocks else torch.empty(0)
+    absmax = scale(torch.where(x.isnan().any(1), torch.nan, x.abs().amax(1)) if blocks else torch.empty(0))
     scaled = (x * (1 / absmax)[:, None]).clamp(-1, 1)
     tiny = absmax < torch.finfo(torch.float32).smallest_normal
     scaled[tiny] = x[tiny] / absmax[tiny, None]
@@ -63,5 +65,5 @@ def _encode_blocks(A: Tensor, book: Tensor, blocksize: int) -> tuple[Tensor, Ten
 
 
 @pytest.fixture(scope="session")
-def encode_blocks() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+def encode_blocks() -> Callable[..., tuple[Tensor, Tensor]]:
     return _encode_blocks

@@ -24,8 +24,9 @@ BOOK = dynamic_map(signed=True)
 def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
     """One right call of each kernel, its arguments by name."""
     optimizer = {
-        "params": [torch.randn(100), torch.randn(33)], "grads": [torch.randn(100), torch.randn(33)],
-        "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 1,
+        "name": "ademamix", "params": [torch.randn(100), torch.randn(33)], "grads": [torch.randn(100), torch.randn(33)],
+        "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 1.0, "eps": 1e-8, "weight_decay": 0.0,
+        "dampening": 0.0, "nesterov": False, "trust_coefficient": 0.0, "step": 1,
     }  # fmt: skip
     codes = [torch.zeros(100, dtype=u8), torch.zeros(33, dtype=u8)]
     scales = [torch.zeros(4), torch.zeros(2)]
@@ -64,11 +65,13 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
             "x_TK": torch.randn(2, 20), "packed": packed, "absmax": absmax, "blocksize": 32, "quant_type": "nf4",
             "T": 2, "N": 5, "K": 20, "bias": torch.zeros(5), "out": torch.zeros(2, 5),
         }),
-        "optimizer_step_8bit": (native.adamw_8bit, {
-            **optimizer, "state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales,
+        "optimizer_step_8bit": (native.optimizer_step_8bit, {
+            **optimizer, "state1": codes, "state2": codes, "state3": codes, "absmax1": scales, "absmax2": scales, "absmax3": scales,
             "code1": BOOK, "code2": BOOK, "blocksize": 32,
         }),
-        "optimizer_step_32bit": (native.adamw_32bit, {**optimizer, "state1": moments, "state2": moments}),
+        "optimizer_step_32bit": (native.optimizer_step_32bit, {
+            **optimizer, "state1": moments, "state2": moments, "state3": moments,
+        }),
     }  # fmt: skip
 
 
@@ -100,10 +103,12 @@ def wrong_values(op: str, argument: str, right: Any) -> list[Any]:
         return ["nf5", "", None, 3]
     if argument == "step":
         return [0, -1, None, "1", 2**80]
-    if argument in ("beta1", "beta2"):
+    if argument in ("beta1", "beta2", "beta3", "dampening"):
         return [1.0, -0.1, float("nan"), None]
     if argument == "threshold":
         return [-1.0, float("nan"), None]
+    if isinstance(right, bool):
+        return ["x", torch.ones(2)]
     if isinstance(right, float):
         return [None, "x", torch.ones(2)]
     return [0, -1, 31, 33, 2**40, 2**62, -(2**62), 2**80, None, "x", 1.5]  # sizes

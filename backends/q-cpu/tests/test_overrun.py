@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import dynamic_map
+from q_core.optimizers import RULES
 from q_cpu.runtime import native
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -87,6 +88,15 @@ def test_quantize_4bit(place, dtype):
         native.dequantize_4bit(packed, absmax, 64, "nf4", p(torch.zeros(n, dtype=dtype)))
 
 
+@pytest.mark.parametrize(("quant_type", "blocksize"), [("int4", 128), ("mxfp4", 32), ("nvfp4", 16)])
+def test_quantize_4bit_in_other_blocks(place, quant_type, blocksize):
+    for n in LENGTHS:
+        p, blocks = place(), -(-n // blocksize)
+        packed, absmax = p(torch.zeros((n + 1) // 2, dtype=u8)), p(torch.zeros(blocks))
+        native.quantize_4bit(p(torch.randn(n)), blocksize, quant_type, packed, absmax)
+        native.dequantize_4bit(packed, absmax, blocksize, quant_type, p(torch.zeros(n)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_quantize_int8_rowwise(place, dtype):
     for K in LENGTHS:
@@ -153,15 +163,17 @@ def test_gemm_4bit_int8(place, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_optimizer_steps(place, dtype):
+@pytest.mark.parametrize("name", ["ademamix", "lamb", "lars"])
+def test_optimizer_steps(place, dtype, name):
+    """The rule with the most states, and those with a pass for their norms."""
+    kept = [f"state{i}" in RULES[name].names(0.9) for i in (1, 2, 3)]
+    rest = (0.1, 0.9, 0.99, 0.9, 1.0, 1e-8, 0.1, 0.0, False, 0.1, 1)
     for n in LENGTHS:
         p, blocks = place(), -(-n // 32)
         param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
-        codes = [p(torch.zeros(n, dtype=u8)) for _ in range(2)]
-        scales = [p(torch.zeros(blocks)) for _ in range(2)]
-        books = p(SIGNED), p(UNSIGNED)
-        native.adamw_8bit(
-            [param], [grad], [codes[0]], [codes[1]], [scales[0]], [scales[1]], *books, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 32
-        )
-        moments = [p(torch.zeros(n)) for _ in range(2)]
-        native.adamw_32bit([param], [grad], [moments[0]], [moments[1]], 0.1, 0.9, 0.99, 1e-8, 0.1, 1)
+        codes = [[p(torch.zeros(n, dtype=u8))] if keeps else [] for keeps in kept]
+        scales = [[p(torch.zeros(blocks))] if keeps else [] for keeps in kept]
+        native.optimizer_step_8bit(name, [param], [grad], *codes, *scales, p(SIGNED), p(UNSIGNED), *rest, 32)
+        p = place()
+        param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
+        native.optimizer_step_32bit(name, [param], [grad], *([p(torch.zeros(n))] if keeps else [] for keeps in kept), *rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS, dynamic_map
 from q_cpu import quantize
+from q_cpu.runtime import native
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -109,24 +111,85 @@ def test_every_float16_and_bfloat16_is_read_right(encode_blocks):
         assert torch.equal(absmax, expected_absmax)
 
 
-@pytest.mark.parametrize("quant_type", FOUR_BIT_BOOKS)
-def test_4bit_codes_are_exact(quant_type, encode_blocks):
+def power_of_two_scales(absmax: Tensor) -> Tensor:
+    """6 * 2^e, the smallest that is not below, by rational numbers."""
+
+    def scale(x: float) -> float:
+        e = -127
+        while e < 125 and 6 * Fraction(2) ** e < Fraction(x):
+            e += 1
+        return float(6 * Fraction(2) ** e)
+
+    return torch.tensor([scale(x) if 0 < x < math.inf else x for x in absmax.tolist()])
+
+
+def e4m3_scales(absmax: Tensor) -> Tensor:
+    """6 * t * d, with d in torch's own E4M3."""
+    counted = absmax[absmax.isfinite()]
+    t = (counted.max() if counted.numel() else torch.tensor(0.0)) / torch.tensor(2688.0)
+    d = (absmax / (6 * t if t > 0 else 1)).clamp(2**-9, 448).to(torch.float8_e4m3fn).float()
+    return torch.where((absmax > 0) & absmax.isfinite(), 6 * (t * d), absmax)
+
+
+SCALES = {"absmax": lambda absmax: absmax, "e8m0": power_of_two_scales, "e4m3": e4m3_scales}
+FOUR_BIT_CASES = [(name, size) for name, book in FOUR_BIT_BOOKS.items() for size in book.blocksizes if size in (16, 32, 64, 256, 4096)]
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize"), FOUR_BIT_CASES)
+def test_4bit_codes_are_exact(quant_type, blocksize, encode_blocks):
     values, ordered = four_bit_book(quant_type)
+    tiny = (torch.rand(64, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1) * torch.exp2(torch.linspace(-149, 127, 64))[:, None]
+    poisoned = mixed_magnitudes(5, (64, 100))
+    poisoned[3, 7], poisoned[20, 50], poisoned[40] = math.nan, -math.inf, 0
     for A in (
-        in_blocks_of_absmax_one(adversarial(values), 64),
-        mixed_magnitudes(3, (1024, 1024)),
+        in_blocks_of_absmax_one(adversarial(values), blocksize),
+        mixed_magnitudes(3, (300, 1000)),
         mixed_magnitudes(4, (64, 64)).bfloat16(),
+        mixed_magnitudes(6, (33, 65)).clamp(-6e4, 6e4).half(),
+        tiny,
+        poisoned,
+        torch.zeros(100),
     ):
-        packed, absmax = quantize.quantize_4bit(A, 64, quant_type)
-        expected, expected_absmax = encode_blocks(A, values, 64)
-        assert torch.equal(unpack(packed), ordered[expected.long()])
-        assert torch.equal(absmax, expected_absmax)
+        packed, absmax = quantize.quantize_4bit(A, blocksize, quant_type)
+        expected, expected_absmax = encode_blocks(A, values, blocksize, SCALES[FOUR_BIT_BOOKS[quant_type].scale])
+        torch.testing.assert_close(absmax, expected_absmax, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(unpack(packed)[: A.numel()], ordered[expected.long()])
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize"), FOUR_BIT_CASES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_4bit_codes_are_decoded_exactly(quant_type, blocksize, dtype):
+    for numel in (1, 31, 64, 100, 4096, 12345):
+        packed = torch.randint(0, 256, ((numel + 1) // 2,), dtype=torch.uint8)
+        absmax = torch.randn(-(-numel // blocksize)).abs() * torch.exp2(torch.randint(-140, 120, (-(-numel // blocksize),)))
+        values = torch.tensor(FOUR_BIT_BOOKS[quant_type].values)[unpack(packed)[:numel].long()]
+        expected = (values * absmax.repeat_interleave(blocksize)[:numel]).to(dtype)
+        assert torch.equal(quantize.dequantize_4bit(packed, absmax, blocksize, quant_type, (numel,), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_outputs_are_decoded_the_same(dtype):
+    """Beyond the size from which results are written past the caches; in part, and from the middle of a vector on."""
+    numel = (1 << 24) // dtype.itemsize + 4096 + 37
+    codes = torch.randint(0, 256, (numel,), dtype=torch.uint8)
+    absmax = torch.rand(-(-numel // 32))
+    for offset in (0, 3):
+        out = torch.full((numel + offset,), -1.0, dtype=dtype)
+        native.dequantize_4bit(codes[: (numel + 1) // 2], absmax, 32, "nf4", out[offset:])
+        starts = (0, numel // 2 & ~63, (numel - 69) & ~63)
+        for start in starts:
+            part = quantize.dequantize_4bit(codes[start // 2 : start // 2 + 19], absmax[start // 32 :][:2], 32, "nf4", (37,), dtype)
+            assert torch.equal(out[offset + start :][:37], part)
+        native.dequantize_blockwise(codes, absmax, books()["signed"], 32, out[offset:])
+        for start in starts:
+            part = quantize.dequantize_blockwise(codes[start : start + 37], absmax[start // 32 :][:2], books()["signed"], 32, dtype)
+            assert torch.equal(out[offset + start :][:37], part)
 
 
 @pytest.mark.parametrize("count", [1, 31, 63, 65, 129, 255, 4095])
 def test_an_odd_count_is_padded_with_the_code_of_zero(count):
     for quant_type, book in FOUR_BIT_BOOKS.items():
-        packed, _ = quantize.quantize_4bit(torch.randn(count), 32, quant_type)
+        packed, _ = quantize.quantize_4bit(torch.randn(count), book.blocksizes[0], quant_type)
         assert packed.shape == ((count + 1) // 2,)
         assert packed[-1] & 15 == book.zero_code
 
@@ -141,7 +204,7 @@ def test_zero_is_zero():
         assert (decoded[A == 0] == 0).all()
         assert absmax[0] == 0
     for quant_type, four_bit in FOUR_BIT_BOOKS.items():
-        packed, _ = quantize.quantize_4bit(torch.zeros(101), 64, quant_type)
+        packed, _ = quantize.quantize_4bit(torch.zeros(101), four_bit.blocksizes[0], quant_type)
         assert (unpack(packed) == four_bit.zero_code).all()
 
 
@@ -312,16 +375,9 @@ def test_float64_is_declined_in_words():
     double = torch.randn(64, dtype=torch.float64)
     for function, arguments in (
         (quantize.quantize_blockwise, {"A": double}),
-        (quantize.quantize_4bit, {"A": double, "quant_type": "nf4"}),
+        (quantize.quantize_4bit, {"A": double}),
         (quantize.quantize_int8_rowwise, {"A_TK": double}),
         (quantize.dequantize_blockwise, {"dtype": torch.float64}),
-        (quantize.dequantize_4bit, {"dtype": torch.int32, "quant_type": "nf4"}),
+        (quantize.dequantize_4bit, {"dtype": torch.int32}),
     ):
         assert "only float32, bfloat16 and float16" in function.q_accepts(**arguments)
-
-
-@pytest.mark.parametrize("quant_type", ["int4", "mxfp4", "nvfp4"])
-def test_other_4bit_types_are_declined_in_words(quant_type):
-    reason = f"quant_type {quant_type!r}, only nf4, fp4"
-    assert quantize.quantize_4bit.q_accepts(A=torch.ones(1), quant_type=quant_type) == reason
-    assert quantize.dequantize_4bit.q_accepts(dtype=torch.float32, quant_type=quant_type) == reason

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import dynamic_map
-from q_cpu import _native, gemm, int8, openmp, optim, quantize
+from q_core.optimizers import ALL_STATES, RULES
+from q_cpu import _native, gemm, int8, openmp, quantize
 from q_cpu.runtime import native
 
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
@@ -29,6 +30,7 @@ def every_kernel() -> Iterator[Tensor]:
     yield from (codes, absmax, quantize.dequantize_blockwise(codes, absmax, SIGNED, 256, torch.bfloat16))
     packed, absmax = quantize.quantize_4bit(A, 64, "nf4")
     yield from (packed, absmax, quantize.dequantize_4bit(packed, absmax, 64, "nf4", A.shape, torch.float16))
+    yield from quantize.quantize_4bit(A, 16, "nvfp4")
     q, scale, outliers = quantize.quantize_int8_rowwise(A, 3.0)
     yield from (q, scale, outliers)
     x = torch.randn(70, 1031, generator=generator)
@@ -43,15 +45,18 @@ def every_kernel() -> Iterator[Tensor]:
         yield int8.int8_gemm(x8[:tokens], q, x_scale[:tokens], scale, None, torch.float32)
         yield int8.gemm_int8_weight(x[:tokens].bfloat16(), q, scale, None)
 
-    params = [A.clone(), x.clone()]
-    grads = [torch.randn(p.shape, generator=generator) for p in params]
-    states = [[torch.zeros(p.shape, dtype=torch.uint8) for p in params] for _ in range(2)]
-    scales = [[torch.zeros(-(-p.numel() // 256)) for p in params] for _ in range(2)]
-    optim.optimizer_step_8bit("adamw", params, grads, *states, *scales, SIGNED, UNSIGNED, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 256)
-    moments = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
-    optim.optimizer_step_32bit("adamw", params, grads, *moments, 0.1, 0.9, 0.99, 1e-8, 0.1, 2)
-    for tensors in (params, *states, *scales, *moments):
-        yield from tensors
+    for name in ("ademamix", "lamb", "lars"):  # the one with the most states, and those with norms
+        params = [A.clone(), x.clone()]
+        grads = [torch.randn(p.shape, generator=generator) for p in params]
+        kept = [params if state in RULES[name].names(0.9) else [] for state in ALL_STATES]
+        codes = [[torch.zeros(p.shape, dtype=torch.uint8) for p in held] for held in kept]
+        scales = [[torch.zeros(-(-p.numel() // 256)) for p in held] for held in kept]
+        settings = (0.1, 0.9, 0.99, 0.999, 1.0, 1e-8, 0.1, 0.0, False, 0.1, 2)
+        native.optimizer_step_8bit(name, params, grads, *codes, *scales, SIGNED, UNSIGNED, *settings, 256)
+        moments = [[torch.zeros(p.shape) for p in held] for held in kept]
+        native.optimizer_step_32bit(name, params, grads, *moments, *settings)
+        for tensors in (params, *codes, *scales, *moments):
+            yield from tensors
 
 
 def test_the_same_bits_on_any_number_of_threads(isa, threads):

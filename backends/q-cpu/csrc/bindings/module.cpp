@@ -25,7 +25,7 @@ PYBIND11_MODULE(_native, m) {
       "Share loops out over the runtime that has this GOMP_parallel, or over none.");
   m.def("use_exchange_api", &use_exchange_api, py::arg("wanted"),
         "Choose how tensors are read (for tests); whether the API is used.");
-  m.def("register_4bit", &register_4bit, py::arg("quant_type"), py::arg("values"), py::arg("ordered"),
+  m.def("register_4bit", &register_4bit, py::arg("quant_type"), py::arg("values"), py::arg("ordered"), py::arg("scale"),
         "Make a 4-bit code book known.");
   bind_quantize(m);
   bind_gemm(m);

@@ -1,7 +1,10 @@
 // Optimizer steps over lists of tensors, shared out as one loop: a group of many small tensors keeps all threads busy.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <iterator>
+#include <limits>
 #include <vector>
 
 #include "module.h"
@@ -13,32 +16,86 @@ namespace q_cpu {
 
 namespace {
 
-AdamW adamw(const char* op, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
-  if (step < 1) bad_value({op, "step"}, "is " + std::to_string(step) + ", expected 1 or more");
-  if (!(beta1 >= 0 && beta1 < 1)) bad_value({op, "beta1"}, "is " + std::to_string(beta1) + ", expected 0 <= beta1 < 1");
-  if (!(beta2 >= 0 && beta2 < 1)) bad_value({op, "beta2"}, "is " + std::to_string(beta2) + ", expected 0 <= beta2 < 1");
-  const double t = static_cast<double>(step);
-  AdamW rule;
-  rule.decay = static_cast<float>(1 - lr * weight_decay);
-  rule.lr = static_cast<float>(lr);
-  rule.beta1 = static_cast<float>(beta1);
-  rule.one_minus_beta1 = static_cast<float>(1 - beta1);
-  rule.beta2 = static_cast<float>(beta2);
-  rule.one_minus_beta2 = static_cast<float>(1 - beta2);
-  rule.eps = static_cast<float>(eps);
-  rule.correction1 = static_cast<float>(1 / (1 - std::pow(beta1, t)));
-  rule.sqrt_correction2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t)));
-  return rule;
+constexpr const char* kRuleNames[] = {"adam", "adamw", "ademamix", "lion", "sgd", "rmsprop", "adagrad", "lamb", "lars"};
+
+struct Arguments {
+  const char* op;
+  std::string name;
+  double lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening;
+  bool nesterov;
+  double trust_coefficient;
+  int64_t step;
+};
+
+OptimizerRule rule_of(const char* op, const std::string& name) {
+  std::string names;
+  for (size_t i = 0; i < std::size(kRuleNames); ++i) {
+    if (name == kRuleNames[i]) return static_cast<OptimizerRule>(i);
+    names += (i ? ", " : "") + std::string(kRuleNames[i]);
+  }
+  bad_value({op, "name"}, "is '" + name + "', expected one of " + names);
 }
 
-// A list argument, with as many tensors as params has.
+void check_share(const char* op, const char* argument, double value) {
+  if (!(value >= 0 && value < 1)) bad_value({op, argument}, "is " + std::to_string(value) + ", expected 0 or more and less than 1");
+}
+
+OptimizerSettings settings_of(const Arguments& a) {
+  if (a.step < 1) bad_value({a.op, "step"}, "is " + std::to_string(a.step) + ", expected 1 or more");
+  check_share(a.op, "beta1", a.beta1);
+  check_share(a.op, "beta2", a.beta2);
+  check_share(a.op, "beta3", a.beta3);
+  check_share(a.op, "dampening", a.dampening);
+  const double t = static_cast<double>(a.step);
+  const double correction1 = 1 / (1 - std::pow(a.beta1, t));
+  const double sqrt_correction2 = 1 / std::sqrt(1 - std::pow(a.beta2, t));
+  // A root of zero and this are still next to nothing, but zero over it is zero.
+  const auto positive = [](double eps) { return std::max(static_cast<float>(eps), std::numeric_limits<float>::min()); };
+  OptimizerSettings h;
+  h.rule = rule_of(a.op, a.name);
+  h.momentum = a.beta1 != 0;
+  h.first_step = a.step == 1;
+  h.nesterov = a.nesterov;
+  h.lr = static_cast<float>(a.lr);
+  h.decay = static_cast<float>(1 - a.lr * a.weight_decay);
+  h.weight_decay = static_cast<float>(a.weight_decay);
+  h.beta1 = static_cast<float>(a.beta1);
+  h.one_minus_beta1 = static_cast<float>(1 - a.beta1);
+  h.beta2 = static_cast<float>(a.beta2);
+  h.one_minus_beta2 = static_cast<float>(1 - a.beta2);
+  h.beta3 = static_cast<float>(a.beta3);
+  h.one_minus_beta3 = static_cast<float>(1 - a.beta3);
+  h.alpha = static_cast<float>(a.alpha);
+  h.eps = positive(a.eps);
+  h.correction1 = static_cast<float>(correction1);
+  h.sqrt_correction2 = static_cast<float>(sqrt_correction2);
+  h.lr_corrected = static_cast<float>(a.lr * correction1 / sqrt_correction2);
+  h.eps_corrected = positive(a.eps / sqrt_correction2);
+  h.one_minus_dampening = static_cast<float>(1 - a.dampening);
+  return h;
+}
+
+bool keeps_state(const OptimizerSettings& h, int state) {
+  switch (h.rule) {
+    case OptimizerRule::lion: return state == 0;
+    case OptimizerRule::sgd:
+    case OptimizerRule::lars: return state == 0 && h.momentum;
+    case OptimizerRule::rmsprop: return state == 1 || (state == 0 && h.momentum);
+    case OptimizerRule::adagrad: return state == 1;
+    case OptimizerRule::ademamix: return true;
+    default: return state != 2;
+  }
+}
+
+// A list argument, with as many tensors as it should have.
 class TensorList {
  public:
   TensorList(const py::sequence& tensors, const char* op, const char* name, size_t expected)
       : tensors_(tensors), op_(op), name_(name) {
     if (tensors.size() != expected) {
       bad_value({op, name},
-                "has " + std::to_string(tensors.size()) + " tensors, expected " + std::to_string(expected) + " as in params");
+                "has " + std::to_string(tensors.size()) + " tensors, expected " +
+                    (expected ? std::to_string(expected) + " as in params" : "none: the rule keeps no such state"));
     }
   }
 
@@ -63,80 +120,150 @@ void parallel_for_tensors(const std::vector<int64_t>& starts, int64_t elements_p
   });
 }
 
-void adamw_8bit(const py::sequence& params, const py::sequence& grads, const py::sequence& state1, const py::sequence& state2,
-                const py::sequence& absmax1, const py::sequence& absmax2, py::handle code1, py::handle code2, double lr,
-                double beta1, double beta2, double eps, double weight_decay, int64_t step, int64_t blocksize) {
-  constexpr const char* op = "optimizer_step_8bit";
-  const AdamW rule = adamw(op, lr, beta1, beta2, eps, weight_decay, step);
-  const auto book1 = code_book({op, "code1"}, code1);
-  const auto book2 = code_book({op, "code2"}, code2);
+using StateLists = std::array<const py::sequence*, kMaxStates>;
+using Kernel = void (*)(const OptimizerTensor&, const OptimizerSettings&, int64_t, int64_t);
+using NormsKernel = OptimizerNorms (*)(const OptimizerTensor&, const OptimizerSettings&, int64_t, int64_t);
+
+constexpr const char* kStateNames[kMaxStates] = {"state1", "state2", "state3"};
+constexpr const char* kAbsmaxNames[kMaxStates] = {"absmax1", "absmax2", "absmax3"};
+
+// The tensors of a step, and their units numbered through.
+struct Tensors {
+  std::vector<OptimizerTensor> all;
+  std::vector<int64_t> starts{0};
+  std::vector<bool> kept;  // as they are: no step touches them
+
+  int64_t units(size_t i) const { return starts[i + 1] - starts[i]; }
+};
+
+// Parameters and gradients; their states are filled in by the caller.
+Tensors parameters_of(const char* op, const py::sequence& params, const py::sequence& grads, int64_t unit) {
+  Tensors tensors;
   const size_t count = params.size();
   const TensorList all_params(params, op, "params", count), all_grads(grads, op, "grads", count);
-  const TensorList all_state1(state1, op, "state1", count), all_state2(state2, op, "state2", count);
-  const TensorList all_absmax1(absmax1, op, "absmax1", count), all_absmax2(absmax2, op, "absmax2", count);
-
-  std::vector<AdamW8bit> tensors;
-  std::vector<int64_t> starts{0};
-  tensors.reserve(count);
+  tensors.all.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const TensorView param = all_params[i].floating();
-    const int64_t numel = param.numel();
-    const int64_t blocks = count_blocks(op, numel, blocksize);
-    tensors.push_back({
-        param.data<void>(),
-        all_grads[i].of(param).sized(numel).data<const void>(),
-        param.dtype(),
-        numel,
-        blocksize,
-        all_state1[i].of(Scalar::u8).sized(numel).data<uint8_t>(),
-        all_state2[i].of(Scalar::u8).sized(numel).data<uint8_t>(),
-        all_absmax1[i].of(Scalar::f32).sized(blocks).data<float>(),
-        all_absmax2[i].of(Scalar::f32).sized(blocks).data<float>(),
-        book1.get(),
-        book2.get(),
-    });
-    starts.push_back(starts.back() + blocks);
+    OptimizerTensor tensor{};
+    tensor.param = param.data<void>();
+    tensor.grad = all_grads[i].of(param).sized(param.numel()).data<const void>();
+    tensor.dtype = param.dtype();
+    tensor.numel = param.numel();
+    tensor.unit = unit;
+    tensor.trust_ratio = 1;
+    tensors.all.push_back(tensor);
+    tensors.starts.push_back(tensors.starts.back() + (param.numel() + unit - 1) / unit);
   }
-  const auto kernel = kernels().optim->adamw_8bit;
-  parallel_for_tensors(starts, blocksize, [&](size_t i, int64_t first, int64_t last) { kernel(tensors[i], rule, first, last); });
+  tensors.kept.resize(count);
+  return tensors;
 }
 
-void adamw_32bit(const py::sequence& params, const py::sequence& grads, const py::sequence& state1, const py::sequence& state2,
-                 double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
-  constexpr const char* op = "optimizer_step_32bit";
-  const AdamW rule = adamw(op, lr, beta1, beta2, eps, weight_decay, step);
-  const size_t count = params.size();
-  const TensorList all_params(params, op, "params", count), all_grads(grads, op, "grads", count);
-  const TensorList all_state1(state1, op, "state1", count), all_state2(state2, op, "state2", count);
+// Lists of states that the rule keeps are as long as params; the others are empty.
+size_t expected_length(const OptimizerSettings& h, int state, const Tensors& tensors) {
+  return keeps_state(h, state) ? tensors.all.size() : 0;
+}
 
-  std::vector<AdamW32bit> tensors;
-  std::vector<int64_t> starts{0};
-  tensors.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    const TensorView param = all_params[i].floating();
-    const int64_t numel = param.numel();
-    tensors.push_back({
-        param.data<void>(),
-        all_grads[i].of(param).sized(numel).data<const void>(),
-        param.dtype(),
-        numel,
-        all_state1[i].of(Scalar::f32).sized(numel).data<float>(),
-        all_state2[i].of(Scalar::f32).sized(numel).data<float>(),
+float trust_ratio(const Arguments& a, const OptimizerSettings& h, const OptimizerNorms& norms) {
+  const double params = std::sqrt(norms.params), updates = std::sqrt(norms.updates);
+  const bool is_lamb = h.rule == OptimizerRule::lamb;
+  if (!is_lamb && !(updates > 0)) return 1;
+  const double numerator = is_lamb ? params : a.trust_coefficient * params;
+  const double denominator = is_lamb ? updates : updates + a.weight_decay * params + a.eps;
+  return numerator > 0 && denominator > 0 ? static_cast<float>(numerator / denominator) : 1;
+}
+
+// Fills in the trust ratios of lamb and lars, and which tensors are kept as they are for a non-finite gradient. Norms are summed in
+// shares whose size depends on the tensor alone, and then in order, so that the number of threads doesn't show.
+void find_trust_ratios(const Arguments& a, const OptimizerSettings& h, NormsKernel kernel, Tensors& tensors) {
+  constexpr int64_t kShares = 256;
+  std::vector<OptimizerNorms> shares;
+  for (size_t i = 0; i < tensors.all.size(); ++i) {
+    const OptimizerTensor& tensor = tensors.all[i];
+    const int64_t units_per_share = std::max<int64_t>(1, (tensors.units(i) + kShares - 1) / kShares);
+    shares.resize(static_cast<size_t>((tensors.units(i) + units_per_share - 1) / units_per_share));
+    parallel_for(static_cast<int64_t>(shares.size()), units_per_share * tensor.unit, [&](int64_t first, int64_t last) {
+      for (int64_t share = first; share < last; ++share) {
+        const int64_t begin = share * units_per_share;
+        shares[static_cast<size_t>(share)] = kernel(tensor, h, begin, std::min(begin + units_per_share, tensors.units(i)));
+      }
     });
-    starts.push_back(starts.back() + numel);
+    OptimizerNorms sum{0, 0, true};
+    for (const OptimizerNorms& share : shares) {
+      sum.params += share.params;
+      sum.updates += share.updates;
+      sum.finite &= share.finite;
+    }
+    tensors.all[i].trust_ratio = trust_ratio(a, h, sum);
+    tensors.kept[i] = !sum.finite;
   }
-  const auto kernel = kernels().optim->adamw_32bit;
-  parallel_for_tensors(starts, 1, [&](size_t i, int64_t first, int64_t last) { kernel(tensors[i], rule, first, last); });
+}
+
+void run_step(const Arguments& a, const OptimizerSettings& h, Kernel kernel, NormsKernel norms, Tensors& tensors) {
+  if (h.rule == OptimizerRule::lamb || h.rule == OptimizerRule::lars) find_trust_ratios(a, h, norms, tensors);
+  const int64_t unit = tensors.all.empty() ? 1 : tensors.all[0].unit;
+  parallel_for_tensors(tensors.starts, unit, [&](size_t i, int64_t first, int64_t last) {
+    if (!tensors.kept[i]) kernel(tensors.all[i], h, first, last);
+  });
+}
+
+void optimizer_step_8bit(const std::string& name, const py::sequence& params, const py::sequence& grads, const py::sequence& state1,
+                         const py::sequence& state2, const py::sequence& state3, const py::sequence& absmax1,
+                         const py::sequence& absmax2, const py::sequence& absmax3, py::handle code1, py::handle code2, double lr,
+                         double beta1, double beta2, double beta3, double alpha, double eps, double weight_decay, double dampening,
+                         bool nesterov, double trust_coefficient, int64_t step, int64_t blocksize) {
+  constexpr const char* op = "optimizer_step_8bit";
+  const Arguments a{op, name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step};
+  const OptimizerSettings h = settings_of(a);
+  const auto first_moments = code_book({op, "code1"}, code1);
+  const auto second_moments = code_book({op, "code2"}, code2);
+  const CodeBook* books[kMaxStates] = {first_moments.get(), second_moments.get(), first_moments.get()};
+  count_blocks(op, 0, blocksize);
+  Tensors tensors = parameters_of(op, params, grads, blocksize);
+  const StateLists states{&state1, &state2, &state3}, scales{&absmax1, &absmax2, &absmax3};
+  for (int state = 0; state < kMaxStates; ++state) {
+    const size_t length = expected_length(h, state, tensors);
+    const TensorList codes(*states[state], op, kStateNames[state], length), absmax(*scales[state], op, kAbsmaxNames[state], length);
+    for (size_t i = 0; i < length; ++i) {
+      OptimizerTensor& tensor = tensors.all[i];
+      tensor.codes[state] = codes[i].of(Scalar::u8).sized(tensor.numel).data<uint8_t>();
+      tensor.absmax[state] = absmax[i].of(Scalar::f32).sized(tensors.units(i)).data<float>();
+      tensor.books[state] = books[state];
+    }
+  }
+  run_step(a, h, kernels().optim->step_8bit, kernels().optim->norms_8bit, tensors);
+}
+
+void optimizer_step_32bit(const std::string& name, const py::sequence& params, const py::sequence& grads, const py::sequence& state1,
+                          const py::sequence& state2, const py::sequence& state3, double lr, double beta1, double beta2,
+                          double beta3, double alpha, double eps, double weight_decay, double dampening, bool nesterov,
+                          double trust_coefficient, int64_t step) {
+  constexpr const char* op = "optimizer_step_32bit";
+  const Arguments a{op, name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step};
+  const OptimizerSettings h = settings_of(a);
+  Tensors tensors = parameters_of(op, params, grads, kOptimizerRun);
+  const StateLists states{&state1, &state2, &state3};
+  for (int state = 0; state < kMaxStates; ++state) {
+    const size_t length = expected_length(h, state, tensors);
+    const TensorList list(*states[state], op, kStateNames[state], length);
+    for (size_t i = 0; i < length; ++i) {
+      tensors.all[i].states[state] = list[i].of(Scalar::f32).sized(tensors.all[i].numel).data<float>();
+    }
+  }
+  run_step(a, h, kernels().optim->step_32bit, kernels().optim->norms_32bit, tensors);
 }
 
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  m.def("adamw_8bit", &adamw_8bit, py::arg("params"), py::arg("grads"), py::arg("state1"), py::arg("state2"), py::arg("absmax1"),
-        py::arg("absmax2"), py::arg("code1"), py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("step"), py::arg("blocksize"));
-  m.def("adamw_32bit", &adamw_32bit, py::arg("params"), py::arg("grads"), py::arg("state1"), py::arg("state2"), py::arg("lr"),
-        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"));
+  m.def("optimizer_step_8bit", &optimizer_step_8bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
+        py::arg("state2"), py::arg("state3"), py::arg("absmax1"), py::arg("absmax2"), py::arg("absmax3"), py::arg("code1"),
+        py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"), py::arg("step"),
+        py::arg("blocksize"));
+  m.def("optimizer_step_32bit", &optimizer_step_32bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
+        py::arg("state2"), py::arg("state3"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"),
+        py::arg("step"));
 }
 
 }  // namespace q_cpu

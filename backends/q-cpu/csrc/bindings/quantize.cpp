@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "module.h"
 #include "quantize.h"
@@ -8,6 +9,13 @@
 namespace q_cpu {
 
 namespace {
+
+// Blocks of a 4-bit tensor, where a type with scales of its own has smaller ones too.
+int64_t count_4bit_blocks(const char* op, int64_t numel, int64_t blocksize, const FourBitBook& book) {
+  constexpr int64_t kSmallest = 16;
+  if (book.scale == ScaleRule::e4m3 && blocksize == kSmallest) return (numel + kSmallest - 1) / kSmallest;
+  return count_blocks(op, numel, blocksize);
+}
 
 void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::handle codes, py::handle absmax) {
   constexpr const char* op = "quantize_blockwise";
@@ -35,13 +43,13 @@ void dequantize_blockwise(py::handle codes, py::handle absmax, py::handle code, 
     bad_value({op, "code"}, "has " + std::to_string(book.numel()) + " entries, expected 2 to " + std::to_string(kBookSize));
   }
   // A whole table, so that a code beyond the book decodes to something and not to what lies behind it in memory.
-  float values[kBookSize] = {};
-  std::copy_n(book.data<const float>(), book.numel(), values);
+  ValueTable table;
+  build_value_table(book.data<const float>(), static_cast<int>(book.numel()), 0.0f, &table);
   const int64_t blocks = count_blocks(op, result.numel(), blocksize);
   const DequantizeBlockwise args{
       TensorView(codes, {op, "codes"}).of(Scalar::u8).sized(result.numel()).data<const uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<const float>(),
-      values,
+      &table,
       result.numel(),
       blocksize,
       result.data<void>(),
@@ -51,19 +59,33 @@ void dequantize_blockwise(py::handle codes, py::handle absmax, py::handle code, 
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
+// The scale of a whole tensor, of types that have one, from the absmax of its blocks.
+float tensor_scale(const Quantize4bit& args, int64_t blocks) {
+  const auto kernel = kernels().quantize->find_absmax;
+  parallel_for(blocks, args.blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
+  float largest = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (std::isfinite(args.absmax[block])) largest = std::max(largest, args.absmax[block]);
+  }
+  return largest / 2688;
+}
+
 void quantize_4bit(py::handle A, int64_t blocksize, const std::string& quant_type, py::handle packed, py::handle absmax) {
   constexpr const char* op = "quantize_4bit";
   const TensorView in = TensorView(A, {op, "A"}).floating();
-  const int64_t blocks = count_blocks(op, in.numel(), blocksize);
-  const Quantize4bit args{
+  const FourBitBook& book = four_bit_book(op, quant_type);
+  const int64_t blocks = count_4bit_blocks(op, in.numel(), blocksize, book);
+  Quantize4bit args{
       in.data<const void>(),
       in.dtype(),
       in.numel(),
       blocksize,
-      &four_bit_book(op, quant_type),
+      &book,
+      0.0f,
       TensorView(packed, {op, "packed"}).of(Scalar::u8).sized((in.numel() + 1) / 2).data<uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<float>(),
   };
+  if (book.scale == ScaleRule::e4m3) args.tensor_scale = tensor_scale(args, blocks);
   const auto kernel = kernels().quantize->quantize_4bit;
   parallel_for(blocks, blocksize, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
@@ -71,11 +93,12 @@ void quantize_4bit(py::handle A, int64_t blocksize, const std::string& quant_typ
 void dequantize_4bit(py::handle packed, py::handle absmax, int64_t blocksize, const std::string& quant_type, py::handle out) {
   constexpr const char* op = "dequantize_4bit";
   const TensorView result = TensorView(out, {op, "out"}).floating();
-  const int64_t blocks = count_blocks(op, result.numel(), blocksize);
+  const FourBitBook& book = four_bit_book(op, quant_type);
+  const int64_t blocks = count_4bit_blocks(op, result.numel(), blocksize, book);
   const Dequantize4bit args{
       TensorView(packed, {op, "packed"}).of(Scalar::u8).sized((result.numel() + 1) / 2).data<const uint8_t>(),
       TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<const float>(),
-      &four_bit_book(op, quant_type),
+      &book,
       result.numel(),
       blocksize,
       result.data<void>(),

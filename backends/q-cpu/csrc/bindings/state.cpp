@@ -71,7 +71,8 @@ void set_isa(const std::string& name) {
   throw py::value_error("ISA level '" + name + "' is unknown, expected one of " + joined(built));
 }
 
-void register_4bit(const std::string& quant_type, const std::vector<float>& values, const std::vector<int>& ordered) {
+void register_4bit(const std::string& quant_type, const std::vector<float>& values, const std::vector<int>& ordered,
+                   const std::string& scale) {
   const Argument argument{"register_4bit", "ordered"};
   if (values.size() != 16) bad_value({"register_4bit", "values"}, "has " + std::to_string(values.size()) + " entries, expected 16");
   if (ordered.size() < 2 || ordered.size() > 16)
@@ -79,7 +80,12 @@ void register_4bit(const std::string& quant_type, const std::vector<float>& valu
   for (const int code : ordered) {
     if (code < 0 || code > 15) bad_value(argument, "has the code " + std::to_string(code) + ", expected 0 to 15");
   }
+  static const std::map<std::string, ScaleRule> rules{
+      {"absmax", ScaleRule::absmax}, {"e8m0", ScaleRule::e8m0}, {"e4m3", ScaleRule::e4m3}};
+  const auto rule = rules.find(scale);
+  if (rule == rules.end()) bad_value({"register_4bit", "scale"}, "is '" + scale + "', expected 'absmax', 'e8m0' or 'e4m3'");
   FourBitBook book;
+  book.scale = rule->second;
   std::copy(values.begin(), values.end(), book.values);
   book.lowest_code = ordered[0];
   book.zero_code = ordered[0];
@@ -89,6 +95,7 @@ void register_4bit(const std::string& quant_type, const std::vector<float>& valu
     book.steps[i] = inside ? ordered[i + 1] - ordered[i] : 0;
     if (book.midpoints[i] < 0) book.zero_code += book.steps[i];
   }
+  if (!build_four_bit_cells(&book)) bad_value(argument, "has two midpoints within 1/16, expected entries further apart");
   four_bit_books()[quant_type] = book;
 }
 

@@ -4,6 +4,9 @@
 
 #include "code_book.h"
 #include "convert.h"
+#if defined(__AVX512VBMI__)
+#include "blocks_avx512.h"
+#endif
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
@@ -14,12 +17,16 @@ constexpr int64_t kChunk = 256;  // elements scaled and encoded at a time, in L1
 // max |x| as a bit pattern. Magnitudes order as integers do, with infinity and then NaN above all numbers, so one integer maximum
 // also tells whether a block is finite.
 inline uint32_t absmax_bits(const float* x, int64_t count) {
+#if defined(__AVX512VBMI__)
+  return absmax_bits_512(x, count);
+#else
   int32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t magnitude = static_cast<int32_t>(bits_of(x[i]) & kMagnitude);
     largest = largest > magnitude ? largest : magnitude;
   }
   return static_cast<uint32_t>(largest);
+#endif
 }
 
 inline float absmax_value(uint32_t bits) { return from_bits(bits > kInfinity ? kNaN : bits); }
@@ -65,25 +72,41 @@ inline void encode_scaled(const float* s, int64_t count, const CodeBook& book, u
   }
 }
 
-// Encodes a block and returns its absmax.
-inline float encode_block(const float* x, int64_t count, const CodeBook& book, uint8_t* codes) {
-  const uint32_t bits = absmax_bits(x, count);
-  const float absmax = absmax_value(bits);
-  if (!is_scalable(bits)) {
-    memset(codes, book.zero_code, static_cast<size_t>(count));
-    return absmax;
+// Codes of a block that has scaled values.
+inline void encode_scalable(const float* x, int64_t count, float absmax, const CodeBook& book, uint8_t* codes) {
+#if defined(__AVX512VBMI__)
+  if (book.guess.holds && absmax >= kSmallestNormal) {
+    const float reciprocal = 1.0f / absmax;
+    if (book.guess.mirrored) return encode_scaled_by<true>(x, count, reciprocal, book, codes);
+    return encode_scaled_by<false>(x, count, reciprocal, book, codes);
   }
+#endif
   float s[kChunk];
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t part = smaller(kChunk, count - i);
     scale_block(x + i, part, absmax, s);
     encode_scaled(s, part, book, codes + i);
   }
+}
+
+// Encodes a block whose largest magnitude is known, as a bit pattern, and returns its absmax. This and decode_block are called once a
+// block, and are too long for a copy in every optimizer rule.
+__attribute__((noinline)) float encode_block(const float* x, int64_t count, uint32_t bits, const CodeBook& book, uint8_t* codes) {
+  const float absmax = absmax_value(bits);
+  if (is_scalable(bits)) {
+    encode_scalable(x, count, absmax, book, codes);
+  } else {
+    memset(codes, book.zero_code, static_cast<size_t>(count));
+  }
   return absmax;
 }
 
-inline void decode_block(const uint8_t* codes, int64_t count, const float* book, float absmax, float* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = book[codes[i]] * absmax;
+__attribute__((noinline)) void decode_block(const uint8_t* codes, int64_t count, const ValueTable& table, float absmax, float* __restrict out) {
+#if defined(__AVX512VBMI__)
+  decode_block_by<false>(codes, count, table, absmax, out);
+#else
+  for (int64_t i = 0; i < count; ++i) out[i] = table.values[codes[i]] * absmax;
+#endif
 }
 
 }  // namespace

@@ -20,7 +20,8 @@ int find_levels(Level levels[kMaxLevels]) {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("bmi2");
   levels[0] = {&baseline::table, true};
   levels[1] = {&avx2::table, has_avx2};
   levels[2] = {&avx512::table, has_avx512};

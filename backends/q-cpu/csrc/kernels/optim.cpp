@@ -1,88 +1,234 @@
-// Optimizer steps, each one pass over memory.
+// Optimizer steps, each one pass over memory: a unit's states are decoded, updated with its parameters, and encoded while in L1.
+// lamb and lars have a pass before it, which sums what their trust ratios are made from and writes nothing.
 
 #include "optim.h"
 
 #include "blocks.h"
+#include "optim_rules.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kRun = 1024;  // elements of a 32-bit step taken at a time when they need converting
+// Blocks are taken so many at a time that their scales, each found by a long chain of dependent steps, are found side by side.
+constexpr int64_t kElementsAtOnce = 1024;
+constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
 
-// Where the first moment is zero the parameter only decays, also with eps 0, where the quotient would be 0 / 0.
-inline float adamw_parameter(float param, float m, float v, const AdamW& rule) {
-  const float denominator = __builtin_sqrtf(v) * rule.sqrt_correction2 + rule.eps;
-  const float step = rule.lr * (m * rule.correction1 / denominator);
-  return param * rule.decay - (m == 0.0f ? 0.0f : step);
+// How far ahead parameters are fetched: while states are encoded, nothing is.
+constexpr int64_t kElementsAhead = kElementsAtOnce;
+
+// Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
+constexpr int64_t kBuffer = kMaxBlocksize + 80;
+
+struct Buffers {
+  alignas(64) float param[kBuffer];
+  alignas(64) float grad[kBuffer];
+  alignas(64) float states[kMaxStates][kBuffer];
+};
+
+// A unit in float32: in place where it is, else in the buffers.
+struct Unit {
+  int64_t begin, count;
+  float* param;
+  const float* grad;
+  float* states[kMaxStates];
+};
+
+template <class Rule>
+constexpr bool keeps(int state) {
+  return state == 0 ? Rule::kKept.m : state == 1 ? Rule::kKept.v : Rule::kKept.slow;
 }
 
-// Updates float32 parameters and states in place.
-inline void adamw_block(float* param, const float* grad, float* __restrict m, float* __restrict v, int64_t count,
-                        const AdamW& rule) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = grad[i];
-    m[i] = rule.beta1 * m[i] + rule.one_minus_beta1 * g;
-    v[i] = rule.beta2 * v[i] + rule.one_minus_beta2 * (g * g);
-    param[i] = adamw_parameter(param[i], m[i], v[i], rule);
+enum class Bits { eight, thirty_two };
+
+// Takes the buffers from `offset` on.
+template <class Rule, Bits kBits>
+inline Unit load_unit(const OptimizerTensor& a, int64_t index, Buffers& buffers, int64_t offset) {
+  Unit unit;
+  unit.begin = index * a.unit;
+  unit.count = smaller(a.unit, a.numel - unit.begin);
+  unit.grad = load(a.grad, a.dtype, unit.begin, unit.count, buffers.grad + offset);
+  load(a.param, a.dtype, unit.begin, unit.count, buffers.param + offset);
+  unit.param = destination(a.param, a.dtype, unit.begin, buffers.param + offset);
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!keeps<Rule>(i)) {
+      unit.states[i] = nullptr;
+    } else if (kBits == Bits::thirty_two) {
+      unit.states[i] = a.states[i] + unit.begin;
+    } else {
+      unit.states[i] = buffers.states[i] + offset;
+      decode_block(a.codes[i] + unit.begin, unit.count, a.books[i]->table, a.absmax[i][index], unit.states[i]);
+    }
+  }
+  return unit;
+}
+
+struct Elements {
+  Vector p, g;
+  States s;
+};
+
+template <class Rule>
+inline Elements load_elements(const Unit& unit, int64_t i) {
+  Elements e{load_vector(unit.param + i), load_vector(unit.grad + i), {}};
+  if (Rule::kKept.m) e.s.m = load_vector(unit.states[0] + i);
+  if (Rule::kKept.v) e.s.v = load_vector(unit.states[1] + i);
+  if (Rule::kKept.slow) e.s.slow = load_vector(unit.states[2] + i);
+  return e;
+}
+
+// The last ones of a unit, fewer than a vector holds, zeros after them.
+template <class Rule>
+inline Elements load_last_elements(const Unit& unit, int64_t i) {
+  const int64_t count = unit.count - i;
+  Elements e{load_part(unit.param + i, count), load_part(unit.grad + i, count), {}};
+  if (Rule::kKept.m) e.s.m = load_part(unit.states[0] + i, count);
+  if (Rule::kKept.v) e.s.v = load_part(unit.states[1] + i, count);
+  if (Rule::kKept.slow) e.s.slow = load_part(unit.states[2] + i, count);
+  return e;
+}
+
+template <class Rule>
+inline void store_elements(const Elements& e, const Unit& unit, int64_t i) {
+  store_lanes(unit.param + i, e.p);
+  if (Rule::kKept.m) store_lanes(unit.states[0] + i, e.s.m);
+  if (Rule::kKept.v) store_lanes(unit.states[1] + i, e.s.v);
+  if (Rule::kKept.slow) store_lanes(unit.states[2] + i, e.s.slow);
+}
+
+template <class Rule>
+inline void store_last_elements(const Elements& e, const Unit& unit, int64_t i) {
+  const int64_t count = unit.count - i;
+  store_part(unit.param + i, e.p, count);
+  if (Rule::kKept.m) store_part(unit.states[0] + i, e.s.m, count);
+  if (Rule::kKept.v) store_part(unit.states[1] + i, e.s.v, count);
+  if (Rule::kKept.slow) store_part(unit.states[2] + i, e.s.slow, count);
+}
+
+// Elements after the step; where `kBits` is 32, one with a non-finite gradient keeps its value and its states.
+template <class Rule, Bits kBits>
+inline Elements updated(const Elements& before, float trust_ratio, const Settings& h) {
+  Elements after = before;
+  after.p = Rule::update(before.p, before.g, after.s, trust_ratio, h);
+  if (kBits == Bits::eight) return after;
+  const Integers finite = magnitude_bits(before.g) < static_cast<int32_t>(kInfinity);
+  after.p = finite ? after.p : before.p;
+  if (Rule::kKept.m) after.s.m = finite ? after.s.m : before.s.m;
+  if (Rule::kKept.v) after.s.v = finite ? after.s.v : before.s.v;
+  if (Rule::kKept.slow) after.s.slow = finite ? after.s.slow : before.s.slow;
+  return after;
+}
+
+// The largest magnitudes of the states, as bit patterns.
+struct Largest {
+  Integers m, v, slow;
+
+  template <class Rule>
+  void include(const States& s) {
+    if (Rule::kKept.m) m = larger(m, magnitude_bits(s.m));
+    if (Rule::kKept.v) v = larger(v, magnitude_bits(s.v));
+    if (Rule::kKept.slow) slow = larger(slow, magnitude_bits(s.slow));
+  }
+};
+
+template <class Rule, Bits kBits>
+inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h) {
+  Largest largest{};
+  int64_t i = 0;
+  for (; i + kLanes <= unit.count; i += kLanes) {
+    __builtin_prefetch(unit.param + i + kElementsAhead, 1);
+    const Elements e = updated<Rule, kBits>(load_elements<Rule>(unit, i), trust_ratio, h);
+    store_elements<Rule>(e, unit, i);
+    if (kBits == Bits::eight) largest.template include<Rule>(e.s);
+  }
+  if (i < unit.count) {
+    const Elements e = updated<Rule, kBits>(load_last_elements<Rule>(unit, i), trust_ratio, h);
+    store_last_elements<Rule>(e, unit, i);
+    if (kBits == Bits::eight) largest.template include<Rule>(e.s);
+  }
+  return largest;
+}
+
+template <class Rule>
+inline void encode_unit(const OptimizerTensor& a, int64_t index, const Unit& unit, const Largest& largest) {
+  const Integers found[kMaxStates] = {largest.m, largest.v, largest.slow};
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!keeps<Rule>(i)) continue;
+    a.absmax[i][index] = encode_block(unit.states[i], unit.count, largest_lane(found[i]), *a.books[i], a.codes[i] + unit.begin);
   }
 }
 
-// The same, but an element with a non-finite gradient keeps its value and its states.
-inline void adamw_run(float* param, const float* grad, float* __restrict m, float* __restrict v, int64_t count, const AdamW& rule) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = grad[i];
-    const bool finite = (bits_of(g) & kMagnitude) < kInfinity;
-    const float new_m = rule.beta1 * m[i] + rule.one_minus_beta1 * g;
-    const float new_v = rule.beta2 * v[i] + rule.one_minus_beta2 * (g * g);
-    const float new_param = adamw_parameter(param[i], new_m, new_v, rule);
-    m[i] = finite ? new_m : m[i];
-    v[i] = finite ? new_v : v[i];
-    param[i] = finite ? new_param : param[i];
+template <class Rule, Bits kBits>
+void step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+  Buffers buffers;
+  Unit units[kMostAtOnce];
+  Largest largest[kMostAtOnce];
+  bool finite[kMostAtOnce];
+  const int64_t at_once = a.unit < kElementsAtOnce ? kElementsAtOnce / a.unit : 1;
+  for (int64_t index = first; index < last; index += at_once) {
+    const int64_t count = smaller(at_once, last - index);
+    for (int64_t i = 0; i < count; ++i) {
+      const Unit& unit = units[i] = load_unit<Rule, kBits>(a, index + i, buffers, i * a.unit);
+      finite[i] = kBits == Bits::thirty_two || absmax_bits(unit.grad, unit.count) < kInfinity;
+      if (!finite[i]) continue;
+      largest[i] = update_unit<Rule, kBits>(unit, a.trust_ratio, h);
+      store(unit.param, unit.count, a.param, a.dtype, unit.begin);
+    }
+    if (kBits == Bits::thirty_two) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      if (finite[i]) encode_unit<Rule>(a, index + i, units[i], largest[i]);
+    }
   }
 }
 
-// A float32 view of parameters that may be written: themselves, or a copy in the buffer.
-inline float* load_parameters(void* data, Float dtype, int64_t first, int64_t count, float* buffer) {
-  load(data, dtype, first, count, buffer);
-  return destination(data, dtype, first, buffer);
+template <class Rule, Bits kBits>
+OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+  Buffers buffers;
+  OptimizerNorms sums{0, 0, true};
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit = load_unit<Rule, kBits>(a, index, buffers, 0);
+    sums.finite &= absmax_bits(unit.grad, unit.count) < kInfinity;
+    Vector params = {}, updates = {};
+    for (int64_t i = 0; i < unit.count; i += kLanes) {
+      Elements e = i + kLanes <= unit.count ? load_elements<Rule>(unit, i) : load_last_elements<Rule>(unit, i);
+      const Vector measured = Rule::measured(e.p, e.g, e.s, h);
+      params += e.p * e.p;
+      updates += measured * measured;
+    }
+    sums.params += static_cast<double>(sum_lanes(params));
+    sums.updates += static_cast<double>(sum_lanes(updates));
+  }
+  return sums;
 }
 
-void adamw_8bit(const AdamW8bit& a, const AdamW& rule, int64_t first, int64_t last) {
-  float param_buffer[kMaxBlocksize];
-  float grad_buffer[kMaxBlocksize];
-  float m[kMaxBlocksize];
-  float v[kMaxBlocksize];
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * a.blocksize;
-    const int64_t count = smaller(a.blocksize, a.numel - begin);
-    const float* grad = load(a.grad, a.dtype, begin, count, grad_buffer);
-    if (absmax_bits(grad, count) >= kInfinity) continue;
-
-    decode_block(a.codes1 + begin, count, a.book1->values, a.absmax1[block], m);
-    decode_block(a.codes2 + begin, count, a.book2->values, a.absmax2[block], v);
-    float* param = load_parameters(a.param, a.dtype, begin, count, param_buffer);
-    adamw_block(param, grad, m, v, count, rule);
-    store(param, count, a.param, a.dtype, begin);
-    a.absmax1[block] = encode_block(m, count, *a.book1, a.codes1 + begin);
-    a.absmax2[block] = encode_block(v, count, *a.book2, a.codes2 + begin);
+template <Bits kBits>
+void step_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+  switch (h.rule) {
+    case OptimizerRule::adam: return step<Adam, kBits>(a, h, first, last);
+    case OptimizerRule::adamw: return step<AdamW, kBits>(a, h, first, last);
+    case OptimizerRule::ademamix: return step<AdEMAMix, kBits>(a, h, first, last);
+    case OptimizerRule::lion: return step<Lion, kBits>(a, h, first, last);
+    case OptimizerRule::sgd:
+      return h.momentum ? step<SGD<true>, kBits>(a, h, first, last) : step<SGD<false>, kBits>(a, h, first, last);
+    case OptimizerRule::rmsprop:
+      return h.momentum ? step<RMSprop<true>, kBits>(a, h, first, last) : step<RMSprop<false>, kBits>(a, h, first, last);
+    case OptimizerRule::adagrad: return step<Adagrad, kBits>(a, h, first, last);
+    case OptimizerRule::lamb: return step<LAMB, kBits>(a, h, first, last);
+    case OptimizerRule::lars:
+      return h.momentum ? step<LARS<true>, kBits>(a, h, first, last) : step<LARS<false>, kBits>(a, h, first, last);
   }
 }
 
-void adamw_32bit(const AdamW32bit& a, const AdamW& rule, int64_t first, int64_t last) {
-  float param_buffer[kRun];
-  float grad_buffer[kRun];
-  for (int64_t begin = first; begin < last; begin += kRun) {
-    const int64_t count = smaller(kRun, last - begin);
-    const float* grad = load(a.grad, a.dtype, begin, count, grad_buffer);
-    float* param = load_parameters(a.param, a.dtype, begin, count, param_buffer);
-    adamw_run(param, grad, a.state1 + begin, a.state2 + begin, count, rule);
-    store(param, count, a.param, a.dtype, begin);
-  }
+// lars measures parameters and gradients, whatever states it keeps.
+template <Bits kBits>
+OptimizerNorms norms_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+  return h.rule == OptimizerRule::lamb ? norms<LAMB, kBits>(a, h, first, last) : norms<LARS<false>, kBits>(a, h, first, last);
 }
 
 }  // namespace
 
 extern const OptimKernels optim_kernels;
-const OptimKernels optim_kernels = {adamw_8bit, adamw_32bit};
+const OptimKernels optim_kernels = {
+    step_by_rule<Bits::eight>, step_by_rule<Bits::thirty_two>, norms_by_rule<Bits::eight>, norms_by_rule<Bits::thirty_two>,
+};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

@@ -1,4 +1,4 @@
-// Optimizer steps.
+// Optimizer steps: every rule, with states of 8 or 32 bits.
 
 #pragma once
 
@@ -7,44 +7,63 @@
 
 namespace q_cpu {
 
-// The scalars of an AdamW step, derived once in double.
-struct AdamW {
-  float decay;  // 1 - lr * weight_decay
+enum class OptimizerRule : uint8_t { adam, adamw, ademamix, lion, sgd, rmsprop, adagrad, lamb, lars };
+
+constexpr int kMaxStates = 3;  // a first moment, a second one, and another first one, as far as a rule keeps them
+
+// The settings of a step, derived once in double. Letters as in q_core.ops.optim.
+struct OptimizerSettings {
+  OptimizerRule rule;
+  bool momentum;    // beta1 is not 0
+  bool first_step;  // step is 1
+  bool nesterov;
   float lr;
+  float decay;  // 1 - lr * weight_decay
+  float weight_decay;
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
-  float eps;
-  float correction1;       // 1 / (1 - beta1^t)
-  float sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
+  float beta3, one_minus_beta3;
+  float alpha;
+  float eps;                // not 0, so that zero over zero is zero
+  float correction1;        // 1 / (1 - beta1^t)
+  float sqrt_correction2;   // 1 / sqrt(1 - beta2^t)
+  float lr_corrected;       // lr * correction1 / sqrt_correction2
+  float eps_corrected;      // eps / sqrt_correction2, not 0
+  float one_minus_dampening;
 };
 
-struct AdamW8bit {
+// Elements of a unit where the states have 32 bits; in 8 bits a unit is a block.
+constexpr int64_t kOptimizerRun = 1024;
+
+struct OptimizerTensor {
   void* param;
   const void* grad;
   Float dtype;
   int64_t numel;
-  int64_t blocksize;
-  uint8_t* codes1;
-  uint8_t* codes2;
-  float* absmax1;
-  float* absmax2;
-  const CodeBook* book1;
-  const CodeBook* book2;
+  int64_t unit;       // elements of a unit
+  float trust_ratio;  // of lamb and lars
+  // States of 32 bits; those that the rule doesn't keep are null.
+  float* states[kMaxStates];
+  // States of 8 bits: codes, scales and books.
+  uint8_t* codes[kMaxStates];
+  float* absmax[kMaxStates];
+  const CodeBook* books[kMaxStates];
 };
 
-struct AdamW32bit {
-  void* param;
-  const void* grad;
-  Float dtype;
-  int64_t numel;
-  float* state1;
-  float* state2;
+// What a trust ratio is made from: sums of squares over some units.
+struct OptimizerNorms {
+  double params;
+  double updates;  // lamb's updates, or lars's gradients
+  bool finite;     // the gradients are
 };
 
 struct OptimKernels {
-  // Ranges of blocks, and of elements.
-  void (*adamw_8bit)(const AdamW8bit&, const AdamW&, int64_t first, int64_t last);
-  void (*adamw_32bit)(const AdamW32bit&, const AdamW&, int64_t first, int64_t last);
+  // Ranges of units.
+  void (*step_8bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
+  void (*step_32bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
+  // Of lamb and lars, to be known of all units before the step.
+  OptimizerNorms (*norms_8bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
+  OptimizerNorms (*norms_32bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
 };
 
 }  // namespace q_cpu

@@ -4,7 +4,11 @@
 
 #include "blocks.h"
 #include "four_bit.h"
+#include "four_bit_scale.h"
 #include "vector.h"
+#if defined(__AVX512VBMI__)
+#include "four_bit_avx512.h"
+#endif
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
@@ -31,26 +35,41 @@ inline void pack_nibbles(const uint8_t* codes, int64_t bytes, uint8_t* __restric
   for (int64_t i = 0; i < bytes; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
 }
 
-// Encodes a block into (count + 1) / 2 bytes and returns its absmax.
-inline float encode_block_4bit(const float* x, int64_t count, const FourBitBook& book, uint8_t* packed) {
-  const uint32_t bits = absmax_bits(x, count);
-  const float absmax = absmax_value(bits);
+// Encodes a block into (count + 1) / 2 bytes by its scale.
+inline void encode_block_4bit(const float* x, int64_t count, float absmax, const FourBitBook& book, uint8_t* packed) {
   const uint8_t zero = static_cast<uint8_t>(book.zero_code);
-  if (!is_scalable(bits)) {
+  if (!is_scalable(bits_of(absmax))) {
     memset(packed, zero << 4 | zero, static_cast<size_t>((count + 1) / 2));
-    return absmax;
+    return;
   }
+  int64_t done = 0;
+#if defined(__AVX512VBMI__)
+  if (absmax >= kSmallestNormal) done = encode_groups(x, count, absmax, book, packed);
+#endif
   static_assert(kChunk % kLanes == 0);
   float s[kChunk] = {};
   uint8_t codes[kChunk];
-  for (int64_t i = 0; i < count; i += kChunk) {
+  for (int64_t i = done; i < count; i += kChunk) {
     const int64_t part = smaller(kChunk, count - i);
     scale_block(x + i, part, absmax, s);
     encode_nibbles(s, part, book, codes);
     if (part & 1) codes[part] = zero;  // only the last part of a tensor is odd, and then shorter than the chunk
     pack_nibbles(codes, (part + 1) / 2, packed + i / 2);
   }
-  return absmax;
+}
+
+// Encodes `count` elements from a block's first on.
+inline void encode_blocks_4bit(const float* x, int64_t count, const Quantize4bit& a, float* absmax, uint8_t* packed) {
+  int64_t i = 0;
+#if defined(__AVX512VBMI__)
+  i = encode_small_blocks(x, count, a.blocksize, *a.book, a.tensor_scale, absmax, packed);
+#endif
+  for (; i < count; i += a.blocksize) {
+    const int64_t part = smaller(a.blocksize, count - i);
+    float& scale = absmax[i / a.blocksize];
+    scale = stored_scale(absmax_bits(x + i, part), *a.book, a.tensor_scale);
+    encode_block_4bit(x + i, part, scale, *a.book, packed + i / 2);
+  }
 }
 
 // max |x| of a row, elements at or above the threshold left out, as a bit pattern. All bits of NaN are above those of any
@@ -97,36 +116,78 @@ void quantize_blockwise(const QuantizeBlockwise& a, int64_t first, int64_t last)
     const int64_t begin = block * a.blocksize;
     const int64_t count = block_length(block, a.blocksize, a.numel);
     const float* x = load(a.A, a.dtype, begin, count, buffer);
-    a.absmax[block] = encode_block(x, count, *a.book, a.codes + begin);
+    a.absmax[block] = encode_block(x, count, absmax_bits(x, count), *a.book, a.codes + begin);
   }
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t last) {
   float buffer[kMaxBlocksize];
+#if defined(__AVX512VBMI__)
+  const int64_t start = first * a.blocksize;
+  const bool streamed = a.dtype == Float::f32 && is_streamed(static_cast<float*>(a.out) + start, a.numel * 4);
+#endif
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * a.blocksize;
     const int64_t count = block_length(block, a.blocksize, a.numel);
     float* out = destination(a.out, a.dtype, begin, buffer);
-    decode_block(a.codes + begin, count, a.book, a.absmax[block], out);
+#if defined(__AVX512VBMI__)
+    if (streamed) {
+      decode_block_by<true>(a.codes + begin, count, *a.table, a.absmax[block], out);
+      continue;
+    }
+#endif
+    decode_block(a.codes + begin, count, *a.table, a.absmax[block], out);
     store(out, count, a.out, a.dtype, begin);
+  }
+}
+
+// Blocks taken at a time: enough of small ones to fill several vectors.
+inline int64_t blocks_at_once(int64_t blocksize) { return blocksize < kMaxBlocksize ? kMaxBlocksize / blocksize : 1; }
+
+void find_absmax(const Quantize4bit& a, int64_t first, int64_t last) {
+  float buffer[kMaxBlocksize];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * a.blocksize;
+    const int64_t count = block_length(block, a.blocksize, a.numel);
+    a.absmax[block] = absmax_value(absmax_bits(load(a.A, a.dtype, begin, count, buffer), count));
   }
 }
 
 void quantize_4bit(const Quantize4bit& a, int64_t first, int64_t last) {
   float buffer[kMaxBlocksize];
-  for (int64_t block = first; block < last; ++block) {
+  const int64_t step = blocks_at_once(a.blocksize);
+  for (int64_t block = first; block < last; block += step) {
     const int64_t begin = block * a.blocksize;
-    const int64_t count = block_length(block, a.blocksize, a.numel);
+    const int64_t count = smaller(smaller(step, last - block) * a.blocksize, a.numel - begin);
     const float* x = load(a.A, a.dtype, begin, count, buffer);
-    a.absmax[block] = encode_block_4bit(x, count, *a.book, a.packed + begin / 2);
+    encode_blocks_4bit(x, count, a, a.absmax + block, a.packed + begin / 2);
   }
 }
 
+#if defined(__AVX512VBMI__)
+template <Float kOut>
+int64_t decode_groups_to(const Dequantize4bit& a, int64_t first, int64_t last) {
+  constexpr int64_t kSize = kOut == Float::f32 ? 4 : 2;
+  if (!is_streamed(static_cast<char*>(a.out) + first * a.blocksize * kSize, a.numel * kSize)) {
+    return decode_groups<kOut, false>(a.packed, a.absmax, *a.book, a.blocksize, a.numel, a.out, first, last);
+  }
+  const int64_t next = decode_groups<kOut, true>(a.packed, a.absmax, *a.book, a.blocksize, a.numel, a.out, first, last);
+  _mm_sfence();
+  return next;
+}
+#endif
+
 void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last) {
   float buffer[kMaxBlocksize];
-  for (int64_t block = first; block < last; ++block) {
+#if defined(__AVX512VBMI__)
+  first = a.dtype == Float::f32    ? decode_groups_to<Float::f32>(a, first, last)
+          : a.dtype == Float::bf16 ? decode_groups_to<Float::bf16>(a, first, last)
+                                   : decode_groups_to<Float::f16>(a, first, last);
+#endif
+  const int64_t step = blocks_at_once(a.blocksize);
+  for (int64_t block = first; block < last; block += step) {
     const int64_t begin = block * a.blocksize;
-    const int64_t count = block_length(block, a.blocksize, a.numel);
+    const int64_t count = smaller(smaller(step, last - block) * a.blocksize, a.numel - begin);
     float* out = destination(a.out, a.dtype, begin, buffer);
     decode_4bit(a.packed, a.absmax, *a.book, a.blocksize, begin, count, out);
     store(out, count, a.out, a.dtype, begin);
@@ -172,6 +233,8 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels = {quantize_blockwise, dequantize_blockwise, quantize_4bit, dequantize_4bit, find_outlier_columns, quantize_int8_rowwise};
+const QuantizeKernels quantize_kernels = {
+    quantize_blockwise, dequantize_blockwise, find_absmax, quantize_4bit, dequantize_4bit, find_outlier_columns, quantize_int8_rowwise,
+};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

@@ -20,7 +20,7 @@ struct QuantizeBlockwise {
 struct DequantizeBlockwise {
   const uint8_t* codes;
   const float* absmax;
-  const float* book;  // 256 entries
+  const ValueTable* table;
   int64_t numel;
   int64_t blocksize;
   void* out;
@@ -33,6 +33,7 @@ struct Quantize4bit {
   int64_t numel;
   int64_t blocksize;
   const FourBitBook* book;
+  float tensor_scale;  // of ScaleRule::e4m3: the tensor's largest finite absmax / 2688
   uint8_t* packed;
   float* absmax;
 };
@@ -61,6 +62,7 @@ struct QuantizeKernels {
   // Ranges of blocks.
   void (*quantize_blockwise)(const QuantizeBlockwise&, int64_t first, int64_t last);
   void (*dequantize_blockwise)(const DequantizeBlockwise&, int64_t first, int64_t last);
+  void (*find_absmax)(const Quantize4bit&, int64_t first, int64_t last);  // writes absmax only
   void (*quantize_4bit)(const Quantize4bit&, int64_t first, int64_t last);
   void (*dequantize_4bit)(const Dequantize4bit&, int64_t first, int64_t last);
   // Ranges of columns, of all tokens; then, with the outlier columns known, ranges of tokens.

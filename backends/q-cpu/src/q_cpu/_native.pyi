@@ -15,7 +15,7 @@ def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
 def configure_threads(gomp_parallel: int | None, get_num_threads: Callable[[], int]) -> None: ...
 def use_exchange_api(wanted: bool) -> bool: ...
-def register_4bit(quant_type: str, values: Sequence[float], ordered: Sequence[int]) -> None: ...
+def register_4bit(quant_type: str, values: Sequence[float], ordered: Sequence[int], scale: str) -> None: ...
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> None: ...
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None: ...
 def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor) -> None: ...
@@ -45,33 +45,48 @@ def int8_gemm(
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
-def adamw_8bit(
+def optimizer_step_8bit(
+    name: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
+    state3: Sequence[Tensor],
     absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor],
+    absmax3: Sequence[Tensor],
     code1: Tensor,
     code2: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
+    beta3: float,
+    alpha: float,
     eps: float,
     weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+    trust_coefficient: float,
     step: int,
     blocksize: int,
 ) -> None: ...
-def adamw_32bit(
+def optimizer_step_32bit(
+    name: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
+    state3: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
+    beta3: float,
+    alpha: float,
     eps: float,
     weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+    trust_coefficient: float,
     step: int,
 ) -> None: ...
 def gemm_int8_weight(

@@ -9,19 +9,11 @@ from torch import Tensor
 
 from q_core.backend import impl
 from q_cpu.runtime import native
-from q_cpu.support import decline_4bit_type, decline_dtype
+from q_cpu.support import decline_dtype
 
 
 def _accepts_input(A: Tensor) -> str | None:
     return decline_dtype("A", A.dtype)
-
-
-def _accepts_4bit_input(A: Tensor, quant_type: str) -> str | None:
-    return _accepts_input(A) or decline_4bit_type(quant_type)
-
-
-def _accepts_4bit_output(quant_type: str, dtype: torch.dtype) -> str | None:
-    return _accepts_output(dtype) or decline_4bit_type(quant_type)
 
 
 def _accepts_rows(A_TK: Tensor) -> str | None:
@@ -51,7 +43,7 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
     return out
 
 
-@impl(accepts=_accepts_4bit_input)
+@impl(accepts=_accepts_input)
 def quantize_4bit(A: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """Quantize flat blocks of ``A`` to a 4-bit format: packed codes, absmax."""
     A = A.contiguous()
@@ -61,7 +53,7 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     return packed, absmax
 
 
-@impl(accepts=_accepts_4bit_output)
+@impl(accepts=_accepts_output)
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:

@@ -40,7 +40,7 @@ def _share_threads() -> bool:
 _choose_isa()
 _shares_threads = _share_threads()
 for _quant_type, _book in FOUR_BIT_BOOKS.items():
-    native.register_4bit(_quant_type, _book.values, _book.ordered)
+    native.register_4bit(_quant_type, _book.values, _book.ordered, _book.scale)
 
 
 def description() -> str:

@@ -1,0 +1,52 @@
+// Writing of results at the AVX-512 level: narrowed to the output's dtype, and past the caches where the output is large.
+//
+// A plain store to memory that is not cached reads it first; one past the caches doesn't, which saves a third of the traffic, but a
+// reader that comes next finds nothing in the cache. So it is for outputs that no cache would hold anyway.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "convert.h"
+
+namespace q_cpu::Q_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+
+inline bool is_streamed(const void* out, int64_t bytes) {
+  return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+template <bool kStream>
+inline void put(void* out, __m512i values) {
+  if (kStream) {
+    _mm512_stream_si512(static_cast<__m512i*>(out), values);
+  } else {
+    _mm512_storeu_si512(out, values);
+  }
+}
+
+// To bfloat16 as `to_bf16` rounds; the processor's own conversion takes subnormal numbers for zero.
+inline __m256i narrowed_bf16(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(kNaN >> 16)));
+}
+
+template <Float kOut>
+inline __m256i narrowed(__m512 values) {
+  if (kOut == Float::bf16) return narrowed_bf16(values);
+  return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// 32 floats to 16 bits each.
+template <Float kOut>
+inline __m512i narrowed_pair(__m512 first, __m512 second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed<kOut>(first)), narrowed<kOut>(second), 1);
+}
+
+}  // namespace
+}  // namespace q_cpu::Q_CPU_LEVEL
