@@ -30,4 +30,6 @@ PYBIND11_MODULE(_native, m) {
   bind_quantize(m);
   bind_gemm(m);
   bind_optim(m);
+  bind_attention(m);
+  bind_norm(m);
 }

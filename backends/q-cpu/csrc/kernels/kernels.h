@@ -21,6 +21,8 @@ constexpr int64_t kMaxBlocksize = 4096;
 struct QuantizeKernels;
 struct GemmKernels;
 struct OptimKernels;
+struct AttentionKernels;
+struct NormKernels;
 
 struct Kernels {
   const char* name;     // as in Q_CPU_ISA
@@ -28,6 +30,8 @@ struct Kernels {
   const QuantizeKernels* quantize;
   const GemmKernels* gemm;
   const OptimKernels* optim;
+  const AttentionKernels* attention;
+  const NormKernels* norm;
 };
 
 }  // namespace q_cpu

@@ -8,10 +8,12 @@ namespace q_cpu::Q_CPU_LEVEL {
 extern const QuantizeKernels quantize_kernels;
 extern const GemmKernels gemm_kernels;
 extern const OptimKernels optim_kernels;
+extern const AttentionKernels attention_kernels;
+extern const NormKernels norm_kernels;
 
 extern const Kernels table;
 const Kernels table = {
-    Q_CPU_LEVEL_NAME, Q_CPU_LEVEL_DISPLAY, &quantize_kernels, &gemm_kernels, &optim_kernels,
+    Q_CPU_LEVEL_NAME, Q_CPU_LEVEL_DISPLAY, &quantize_kernels, &gemm_kernels, &optim_kernels, &attention_kernels, &norm_kernels,
 };
 
 }  // namespace q_cpu::Q_CPU_LEVEL
