@@ -20,6 +20,13 @@ OPS = (
     "int8_gemm",
     "optimizer_step_8bit",
     "optimizer_step_32bit",
+    "write_kv",
+    "paged_attention",
+    "copy_kv_blocks",
+    "rms_norm",
+    "add_rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
 )
 
 

@@ -96,15 +96,13 @@ bool reads_what_it_writes(const CopyBlocks& args, int64_t pairs, int64_t src_blo
   return false;
 }
 
-void copy_blocks(py::handle src, py::handle dst, py::handle pairs, int64_t src_blocks, int64_t dst_blocks, int64_t block_bytes) {
+void copy_blocks(py::handle src, py::handle dst, py::handle pairs, int64_t count, int64_t src_blocks, int64_t dst_blocks,
+                 int64_t block_bytes) {
   constexpr const char* op = "copy_kv_blocks";
-  const TensorView list = TensorView(pairs, {op, "pairs"}).of(Scalar::i64);
-  const int64_t count = list.numel() / 2;
-  list.sized(2 * count);
   CopyBlocks args{
       TensorView(src, {op, "src"}).of(Scalar::u8).sized(checked_product(op, src_blocks, block_bytes)).data<const uint8_t>(),
       TensorView(dst, {op, "dst"}).of(Scalar::u8).sized(checked_product(op, dst_blocks, block_bytes)).data<uint8_t>(),
-      list.data<const int64_t>(),
+      TensorView(pairs, {op, "pairs"}).of(Scalar::i64).sized(checked_product(op, count, 2)).data<const int64_t>(),
       block_bytes,
   };
   for (int64_t i = 0; i < 2 * count; ++i) {
@@ -277,8 +275,8 @@ void bind_attention(py::module_& m) {
   m.def("write_kv", &write_kv, py::arg("k_TGD"), py::arg("v_TGD"), py::arg("k_cache_BGSD"), py::arg("v_cache_BGSD"),
         py::arg("slot_mapping"), py::arg("k_scale_BGS"), py::arg("v_scale_BGS"), py::arg("T"), py::arg("B"), py::arg("G"),
         py::arg("S"), py::arg("D"));
-  m.def("copy_kv_blocks", &copy_blocks, py::arg("src"), py::arg("dst"), py::arg("pairs"), py::arg("src_blocks"),
-        py::arg("dst_blocks"), py::arg("block_bytes"));
+  m.def("copy_kv_blocks", &copy_blocks, py::arg("src"), py::arg("dst"), py::arg("pairs"), py::arg("count"),
+        py::arg("src_blocks"), py::arg("dst_blocks"), py::arg("block_bytes"));
   m.def("paged_attention", &paged_attention, py::arg("q_THD"), py::arg("k_cache_BGSD"), py::arg("v_cache_BGSD"),
         py::arg("block_tables"), py::arg("query_start"), py::arg("seq_lens"), py::arg("max_query_len"), py::arg("max_seq_len"),
         py::arg("scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"), py::arg("sinks_H"), py::arg("k_scale_BGS"),

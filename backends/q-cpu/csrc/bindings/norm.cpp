@@ -52,7 +52,7 @@ void add_rms_norm(py::handle x, py::handle residual, py::handle weight, double e
 void rotary_embedding(py::handle q, py::handle k, py::handle positions, py::handle cos, py::handle sin, bool interleaved, int64_t T,
                       int64_t H, int64_t G, int64_t D, int64_t P, int64_t F, py::handle q_out, py::handle k_out) {
   constexpr const char* op = "rotary_embedding";
-  if (F < 0 || 2 * F > D) bad_value({op, "cos"}, "has " + std::to_string(F) + " pairs, expected at most half of D");
+  if (F < 0 || F > D / 2) bad_value({op, "cos"}, "has " + std::to_string(F) + " pairs, expected at most half of D");
   const TensorView queries = TensorView(q, {op, "q_THD"}, Layout::strided).floating().shaped({T, H, D});
   const TensorView keys = TensorView(k, {op, "k_TGD"}, Layout::strided).of(queries).shaped({T, G, D});
   const int64_t* at = TensorView(positions, {op, "positions"}).of(Scalar::i64).sized(T).data<const int64_t>();

@@ -169,7 +169,9 @@ const TensorView& TensorView::shaped(std::initializer_list<int64_t> expected) co
     }
     ++axis;
   }
-  if (sizes_[axes - 1] > 1 && strides_[axes - 1] != 1) bad_value(argument_, "has a last axis that is not contiguous; pass a copy");
+  if (numel_ > 0 && sizes_[axes - 1] > 1 && strides_[axes - 1] != 1) {
+    bad_value(argument_, "has a last axis that is not contiguous; pass a contiguous copy");
+  }
   return *this;
 }
 

@@ -51,6 +51,7 @@ struct Scratch {
   float* values;   // [kKeyTile, columns]
   float* range;    // states of the current range
   float* total;    // and of those before
+  float* zeros;    // a row
 
   // Neither operand is deeper than the outputs have columns.
   Scratch(const PagedAttention& a, float* memory) {
@@ -59,9 +60,12 @@ struct Scratch {
     values = keys + kKeyTile * columns_of(a);
     range = values + kKeyTile * columns_of(a);
     total = range + state_size(a, kRowTile);
+    zeros = total + state_size(a, kRowTile);
   }
 
-  static int64_t size(const PagedAttention& a) { return (kRowTile + 2 * kKeyTile) * columns_of(a) + 2 * state_size(a, kRowTile); }
+  static int64_t size(const PagedAttention& a) {
+    return (kRowTile + 2 * kKeyTile + 1) * columns_of(a) + 2 * state_size(a, kRowTile);
+  }
 };
 
 // What an item's rows see.
@@ -88,24 +92,43 @@ struct Reach {
   int64_t end(int64_t row) const { return causal ? first_seen + row / ratio + 1 : seq_len; }
 };
 
+// Slots of a tile's keys, numbered within all (block, kv head, offset); negative for those that are not to be read.
+struct TileSlots {
+  int64_t slot[kKeyTile];
+};
+
 // The slots of keys `tile`…`tile` + kKeyTile, as far as they are in begin…end.
 inline void find_slots(const PagedAttention& a, const AttentionItem& item, int64_t tile, int64_t begin, int64_t end, TileSlots* slots) {
   const int32_t* table = a.block_tables + item.request * a.table_width;
-  int64_t block = tile / a.S, offset = tile % a.S;
-  for (int64_t i = 0; i < kKeyTile; ++i) {
-    const bool wanted = tile + i >= begin && tile + i < end;
-    slots->slot[i] = wanted ? (table[block] * a.G + item.group) * a.S + offset : -1;
-    if (++offset == a.S) {
-      offset = 0;
-      ++block;
-    }
+  int64_t i = tile < begin ? begin - tile : 0;
+  const int64_t last = smaller(kKeyTile, end - tile);
+  for (int64_t skipped = 0; skipped < i; ++skipped) slots->slot[skipped] = -1;
+  while (i < last) {
+    const int64_t offset = (tile + i) % a.S;
+    const int64_t first = (table[(tile + i) / a.S] * a.G + item.group) * a.S + offset;
+    const int64_t run = smaller(last - i, a.S - offset);
+    for (int64_t n = 0; n < run; ++n) slots->slot[i + n] = first + n;
+    i += run;
   }
+  for (i = i < 0 ? 0 : i; i < kKeyTile; ++i) slots->slot[i] = -1;
 }
 
-inline void read_scales(const float* scale_BGS, const TileSlots& slots, float peak, Vector* scales) {
-  float values[kKeyTile];
-  for (int64_t i = 0; i < kKeyTile; ++i) values[i] = slots.slot[i] < 0 ? 0.0f : scale_BGS[slots.slot[i]] / peak;
-  for (int v = 0; v < kTileVectors; ++v) scales[v] = load_vector(values + v * kLanes);
+// Factors of a tile's scores and weights, where the cache holds codes.
+struct Scales {
+  Vector key[kTileVectors];
+  Vector value[kTileVectors];
+};
+
+inline void read_scales(const PagedAttention& a, const TileSlots& slots, Scales* scales) {
+  if (a.format == CacheFormat::dense) return;
+  const float peak = a.format == CacheFormat::int8 ? 127.0f : 448.0f;
+  float key[kKeyTile], value[kKeyTile];
+  for (int64_t i = 0; i < kKeyTile; ++i) {
+    key[i] = slots.slot[i] < 0 ? 0.0f : a.k_scale_BGS[slots.slot[i]] / peak;
+    value[i] = slots.slot[i] < 0 ? 0.0f : a.v_scale_BGS[slots.slot[i]] / peak;
+  }
+  memcpy(scales->key, key, sizeof key);
+  memcpy(scales->value, value, sizeof value);
 }
 
 // Scores of a row outside of begin…end, counted from the tile's first key, become -infinity.
@@ -174,6 +197,8 @@ struct Attend {
   const Scratch& scratch;
   const int64_t columns = columns_of(a);
   const int64_t depth = (a.D + Tile::kDepth - 1) / Tile::kDepth;  // of scores
+  const int64_t row_bytes = a.D * static_cast<int64_t>(sizeof(C));
+  static constexpr int64_t kWeightDepth = kKeyTile / Tile::kDepth;
   const float score_scale = static_cast<float>(a.scale * (a.softcap > 0 ? 1.0 / a.softcap : 0x1.71547652b82fep0));
   const float cap_scale = static_cast<float>(a.softcap * 0x1.71547652b82fep0);
 
@@ -185,7 +210,7 @@ struct Attend {
       const Q* q = static_cast<const Q*>(a.q_THD) + token * a.q_token_stride + head * a.q_head_stride;
       float* out = scratch.queries + r * depth;
       for (int64_t k = 0; k < depth; k += kLanes) {
-        const Vector lanes = Tile::read_lanes(q + k * Tile::kDepth, a.D - k * Tile::kDepth);
+        const Vector lanes = read_some_lanes<Tile>(q + k * Tile::kDepth, a.D - k * Tile::kDepth);
         memcpy(out + k, &lanes, static_cast<size_t>(smaller(kLanes, depth - k)) * sizeof(float));
       }
     }
@@ -219,40 +244,48 @@ struct Attend {
     *sums = {largest, sums->sum + sum_lanes(weight_sums)};
   }
 
-  void attend_panel(const Reach& reach, int64_t tile, int64_t row, int64_t rows, int64_t state_row, const States& states,
-                    const Vector* key_scales, const Vector* value_scales) const {
+  // Weights of a panel's keys, packed for the second product; its sums and outputs are brought to the new largest scores.
+  void weigh_panel(const Reach& reach, int64_t tile, int64_t row, int64_t rows, const float* queries, const Scales& scales,
+                   RowSums* sums, float* outputs, float* weights, Ahead& ahead) const {
     alignas(64) float products[kPanelRows * kKeyTile];
-    alignas(64) float weights[kPanelRows * kKeyTile];
-    constexpr int64_t kWeightDepth = kKeyTile / Tile::kDepth;
-    float* outputs = states.outputs + state_row * columns;
-    multiply_panel<Tile, false>(rows, scratch.queries + state_row * depth, depth, scratch.keys, kKeyTile, depth, products);
+    multiply_panel<Tile, false>(rows, queries, depth, scratch.keys, kKeyTile, depth, products, ahead);
     for (int64_t r = 0; r < rows; ++r) {
       Vector scores[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) scores[v] = load_vector(products + r * kKeyTile + v * kLanes);
-      finish_scores(scores, key_scales);
+      finish_scores(scores, scales.key);
       const int64_t begin = reach.begin(row + r) - tile, end = reach.end(row + r) - tile;
       if (begin > 0 || end < kKeyTile) mask_scores(begin, end, scores);
-      update_row(scores, &states.sums[state_row + r], outputs + r * columns);
-      for (int v = 0; a.format != CacheFormat::dense && v < kTileVectors; ++v) scores[v] *= value_scales[v];
+      update_row(scores, sums + r, outputs + r * columns);
+      for (int v = 0; a.format != CacheFormat::dense && v < kTileVectors; ++v) scores[v] *= scales.value[v];
       Tile::store_weights(scores, weights + r * kWeightDepth);
     }
-    multiply_panel<Tile, true>(rows, weights, kWeightDepth, scratch.values, columns, kWeightDepth, outputs);
   }
 
-  void attend_tile(const AttentionItem& item, const Reach& reach, int64_t tile, const TileSlots& slots, const TileSlots& next,
-                   const States& states) const {
-    Vector key_scales[kTileVectors] = {}, value_scales[kTileVectors] = {};
-    if (a.format != CacheFormat::dense) {
-      const float peak = a.format == CacheFormat::int8 ? 127.0f : 448.0f;
-      read_scales(a.k_scale_BGS, slots, peak, key_scales);
-      read_scales(a.v_scale_BGS, slots, peak, value_scales);
-    }
-    pack_keys<Tile>(static_cast<const C*>(a.k_cache_BGSD), slots, next, a.D, scratch.keys);
-    Tile::pack_values(static_cast<const C*>(a.v_cache_BGSD), slots, next, a.D, scratch.values, columns);
+  void attend_tile(const AttentionItem& item, const Reach& reach, int64_t tile, const Scales& scales, const TileRows& rows,
+                   const TileRows& next, const States& states) const {
+    alignas(64) float weights[kPanelRows * kWeightDepth];
+    Ahead values_ahead(rows.value, row_bytes), keys_ahead(next.key, row_bytes);
+    pack_keys<Tile, C>(rows.key, a.D, scratch.keys, values_ahead);
+    // With a single panel, such as in decoding, the keys are done with when the values come. One buffer for both then leaves L1 to
+    // what is fetched ahead.
+    const bool single = item.rows <= kPanelRows;
+    float* values = single ? scratch.keys : scratch.values;
+    if (!single) Tile::template pack_values<C>(rows.value, a.D, values, columns, keys_ahead);
     for (int64_t r = 0; r < item.rows; r += kPanelRows) {
-      const int64_t rows = smaller(kPanelRows, item.rows - r);
-      const bool seen = reach.begin(item.row + r) < tile + kKeyTile && reach.end(item.row + r + rows - 1) > tile;
-      if (seen) attend_panel(reach, tile, item.row + r, rows, r, states, key_scales, value_scales);
+      const int64_t count = smaller(kPanelRows, item.rows - r), row = item.row + r;
+      if (reach.begin(row) >= tile + kKeyTile || reach.end(row + count - 1) <= tile) continue;
+      float* outputs = states.outputs + r * columns;
+      weigh_panel(reach, tile, row, count, scratch.queries + r * depth, scales, states.sums + r, outputs, weights, values_ahead);
+      if (single) Tile::template pack_values<C>(rows.value, a.D, values, columns, keys_ahead);
+      multiply_panel<Tile, true>(count, weights, kWeightDepth, values, columns, kWeightDepth, outputs, keys_ahead);
+    }
+  }
+
+  void find_rows(const TileSlots& slots, TileRows* rows) const {
+    for (int64_t i = 0; i < kKeyTile; ++i) {
+      const int64_t slot = slots.slot[i];
+      rows->key[i] = slot < 0 ? scratch.zeros : static_cast<const void*>(static_cast<const C*>(a.k_cache_BGSD) + slot * a.D);
+      rows->value[i] = slot < 0 ? scratch.zeros : static_cast<const void*>(static_cast<const C*>(a.v_cache_BGSD) + slot * a.D);
     }
   }
 
@@ -260,13 +293,24 @@ struct Attend {
     const int64_t begin = reach.begin(item.row), end = reach.end(item.row + item.rows - 1);
     const int64_t range_end = smaller((range + 1) * kKeyRange, end);
     int64_t tile = range * kKeyRange > begin ? range * kKeyRange : begin / kKeyTile * kKeyTile;
-    TileSlots slots[2];
-    find_slots(a, item, tile, begin, end, &slots[0]);
+    TileSlots slots;
+    TileRows rows[2];
+    Scales scales[2];
+    const auto find = [&](int64_t from, int which) {
+      find_slots(a, item, from, begin, range_end, &slots);
+      find_rows(slots, &rows[which]);
+      read_scales(a, slots, &scales[which]);
+      // Page addresses first: looking them up takes longer than what follows.
+      for (int64_t i = 0; i < kKeyTile; i += 16) {
+        __builtin_prefetch(rows[which].key[i]);
+        __builtin_prefetch(rows[which].value[i]);
+      }
+    };
+    find(tile, 0);
     for (int turn = 0; tile < range_end; tile += kKeyTile, turn ^= 1) {
       // The first tile of the next range is not fetched early: another thread may have that range.
-      const int64_t next = tile + kKeyTile;
-      find_slots(a, item, next, begin, range_end, &slots[turn ^ 1]);
-      attend_tile(item, reach, tile, slots[turn], slots[turn ^ 1], states);
+      find(tile + kKeyTile, turn ^ 1);
+      attend_tile(item, reach, tile, scales[turn], rows[turn], rows[turn ^ 1], states);
     }
   }
 
@@ -316,6 +360,7 @@ int64_t state_floats(const PagedAttention& a, int64_t rows) { return state_size(
 
 void attend(const PagedAttention& a, const AttentionItem* items, int64_t first, int64_t last, float* memory) {
   const Scratch scratch(a, memory);
+  memset(scratch.zeros, 0, static_cast<size_t>(columns_of(a)) * sizeof(float));
   switch (a.dtype) {
     case Float::f32:
       return attend_format<WideTile, float>(a, items, first, last, scratch);

@@ -108,7 +108,9 @@ def write_kv(
     S: int,
     D: int,
 ) -> None: ...
-def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor, src_blocks: int, dst_blocks: int, block_bytes: int) -> None: ...
+def copy_kv_blocks(
+    src: Tensor, dst: Tensor, pairs: Tensor, count: int, src_blocks: int, dst_blocks: int, block_bytes: int
+) -> None: ...
 def paged_attention(
     q_THD: Tensor,
     k_cache_BGSD: Tensor,

@@ -79,5 +79,5 @@ def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
     """Copy blocks of a paged cache: for copy-on-write, swapping and transfer."""
     block_bytes = src.shape[1:].numel() * src.itemsize
     native.copy_kv_blocks(
-        src.view(torch.uint8), dst.view(torch.uint8), pairs.contiguous(), src.shape[0], dst.shape[0], block_bytes
+        src.view(torch.uint8), dst.view(torch.uint8), pairs.contiguous(), pairs.shape[0], src.shape[0], dst.shape[0], block_bytes
     )
