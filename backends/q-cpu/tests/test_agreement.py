@@ -22,6 +22,13 @@ OPS = (
     "gemm_int8_weight",
     "optimizer_step_8bit",
     "optimizer_step_32bit",
+    "write_kv",
+    "paged_attention",
+    "copy_kv_blocks",
+    "rms_norm",
+    "add_rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
 )
 
 

@@ -72,6 +72,45 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
         "optimizer_step_32bit": (native.optimizer_step_32bit, {
             **optimizer, "state1": moments, "state2": moments, "state3": moments,
         }),
+        **valid_norm_calls(),
+        **valid_attention_calls(),
+    }  # fmt: skip
+
+
+def valid_norm_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
+    x, out = torch.randn(3, 10), torch.zeros(3, 10)
+    norm = {"x": x, "weight": torch.ones(10), "eps": 1e-6, "rows": 3, "K": 10, "out": out}
+    return {
+        "rms_norm": (native.rms_norm, norm),
+        "add_rms_norm": (native.add_rms_norm, {**norm, "residual": x, "total": torch.zeros(3, 10)}),
+        "rotary_embedding": (native.rotary_embedding, {
+            "q_THD": torch.randn(3, 2, 8), "k_TGD": torch.randn(3, 2, 8), "positions": torch.tensor([0, 4, 2]), "cos": torch.randn(5, 3),
+            "sin": torch.randn(5, 3), "interleaved": False, "T": 3, "H": 2, "G": 2, "D": 8, "P": 5, "F": 3,
+            "q_out": torch.zeros(3, 2, 8), "k_out": torch.zeros(3, 2, 8),
+        }),
+        "silu_and_mul": (native.silu_and_mul, {"x": x, "rows": 3, "N": 5, "out": torch.zeros(3, 5)}),
+    }  # fmt: skip
+
+
+def valid_attention_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
+    cache = {
+        "k_cache_BGSD": torch.zeros(3, 2, 4, 8, dtype=i8), "v_cache_BGSD": torch.zeros(3, 2, 4, 8, dtype=i8),
+        "k_scale_BGS": torch.ones(3, 2, 4), "v_scale_BGS": torch.ones(3, 2, 4), "B": 3, "G": 2, "S": 4, "D": 8,
+    }  # fmt: skip
+    return {
+        "write_kv": (native.write_kv, {
+            "k_TGD": torch.randn(3, 2, 8), "v_TGD": torch.randn(3, 2, 8), "slot_mapping": torch.tensor([3, -1, 11]), "T": 3, **cache,
+        }),
+        "copy_kv_blocks": (native.copy_kv_blocks, {
+            "src": torch.zeros(3, 5, dtype=u8), "dst": torch.zeros(4, 5, dtype=u8), "pairs": torch.tensor([[0, 3], [2, 0]]),
+            "count": 2, "src_blocks": 3, "dst_blocks": 4, "block_bytes": 5,
+        }),
+        "paged_attention": (native.paged_attention, {
+            "q_THD": torch.randn(3, 6, 8), "block_tables": torch.tensor([[0, 1], [2, 9]], dtype=torch.int32),
+            "query_start": torch.tensor([0, 1, 3], dtype=torch.int32), "seq_lens": torch.tensor([7, 4], dtype=torch.int32),
+            "max_query_len": 2, "max_seq_len": 8, "scale": 0.3, "causal": True, "window": 0, "softcap": 0.0, "sinks_H": torch.zeros(6),
+            "T": 3, "H": 6, "R": 2, "M": 2, "out": torch.zeros(3, 6, 8), **cache,
+        }),
     }  # fmt: skip
 
 
@@ -83,7 +122,7 @@ def wrong_tensors(right: torch.Tensor) -> list[Any]:
     """What is like a right tensor in all but one respect, and what is no tensor."""
     other = {torch.float32: torch.float64}.get(right.dtype, torch.float32)
     return [
-        right.to(other), right.to(torch.complex64), right.to(torch.int64), right.to("meta"), right.to_sparse(),
+        right.to(other), right.to(torch.complex64), right.to(torch.int16), right.to("meta"), right.to_sparse(),
         torch.cat([right.reshape(-1), right.reshape(-1)[:1]]), right.reshape(-1)[:-2], right.reshape(-1)[:0],
         torch.stack([right, right], dim=-1)[..., 0], right.reshape(-1)[:1].expand(right.numel()),
         right.tolist(), right.numpy(), "tensor", 3, object(), torch.Tensor,
@@ -95,7 +134,7 @@ def wrong_values(op: str, argument: str, right: Any) -> list[Any]:
         wrong = wrong_tensors(right)
         if argument.startswith("code") and right.numel() == 256:
             wrong = [w for w in wrong if not (isinstance(w, torch.Tensor) and w.shape == (254,))]  # a book may be shorter
-        return wrong + ([] if argument == "bias" else [None])
+        return wrong + ([] if argument in ("bias", "sinks_H") else [None])
     if isinstance(right, list):
         lists = [[*right[:-1], wrong] for wrong in (*wrong_tensors(right[-1]), None)]
         return [*lists, right[:-1], [*right, right[-1]], None, 3]
@@ -105,6 +144,8 @@ def wrong_values(op: str, argument: str, right: Any) -> list[Any]:
         return [0, -1, None, "1", 2**80]
     if argument in ("beta1", "beta2", "beta3", "dampening"):
         return [1.0, -0.1, float("nan"), None]
+    if argument in ("max_query_len", "window"):  # large ones are right
+        return [-1, 2**80, None, "x", 1.5]
     if argument == "threshold":
         return [-1.0, float("nan"), None]
     if isinstance(right, bool):
@@ -159,6 +200,37 @@ def test_messages_say_got_and_expected():
     function, arguments = CALLS["optimizer_step_8bit"]
     with pytest.raises(TypeError, match=re.escape("optimizer_step_8bit: grads[1] has dtype float16, expected float32")):
         function(**{**arguments, "grads": [torch.zeros(100), torch.zeros(33).half()]})
+
+
+def test_sizes_and_strides_are_checked_together():
+    function, arguments = CALLS["rms_norm"]
+    for wrong, message in (
+        (torch.randn(30), "x has 1 axes, expected 2"),
+        (torch.randn(3, 11), "x has 11 elements on axis 1, expected 10"),
+        (torch.randn(10, 3).T, "x has a last axis that is not contiguous; pass a contiguous copy"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"rms_norm: {message}")):
+            function(**{**arguments, "x": wrong})
+
+
+def test_numbers_that_would_lead_out_of_a_tensor_are_refused():
+    for op, argument, wrong, message in (
+        ("rotary_embedding", "positions", [0, 5, 0], "positions[1] is 5, expected 0 to 4"),
+        ("rotary_embedding", "positions", [0, 0, -1], "positions[2] is -1, expected 0 to 4"),
+        ("write_kv", "slot_mapping", [0, 12, 1], "slot_mapping[1] is 12, expected less than 12"),
+        ("copy_kv_blocks", "pairs", [[0, 1], [3, 0]], "pairs[1] names block 3, expected 0 to 2"),
+        ("copy_kv_blocks", "pairs", [[0, 1], [1, -1]], "pairs[1] names block -1, expected 0 to 3"),
+        ("paged_attention", "block_tables", [[0, 3], [1, 9]], "block_tables[0] names block 3, expected 0 to 2"),
+        ("paged_attention", "query_start", [0, 2, 1], "query_start[2] is 1, expected 2 or more"),
+        ("paged_attention", "query_start", [0, 1, 2], "query_start[2] is 2, expected T = 3"),
+        ("paged_attention", "query_start", [1, 2, 3], "query_start[0] is 1, expected 0"),
+        ("paged_attention", "query_start", [0, 0, 3], "query_start[2] gives a request 3 queries, expected at most max_query_len"),
+        ("paged_attention", "seq_lens", [7, 1], "seq_lens[1] is 1, expected 2 (its queries) to 8"),
+        ("paged_attention", "seq_lens", [9, 4], "seq_lens[0] is 9, expected 1 (its queries) to 8"),
+    ):  # fmt: skip
+        function, arguments = CALLS[op]
+        with pytest.raises(ValueError, match=re.escape(f"{op}: {message}")):
+            function(**{**arguments, argument: torch.tensor(wrong, dtype=arguments[argument].dtype)})
 
 
 def test_misaligned_tensors_are_refused():

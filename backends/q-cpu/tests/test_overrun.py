@@ -52,7 +52,7 @@ class GuardedRegion:
         return placed.copy_(tensor)
 
 
-_regions = [GuardedRegion() for _ in range(12)]
+_regions = [GuardedRegion() for _ in range(16)]
 
 
 @pytest.fixture(params=["end", "begin"])
@@ -177,3 +177,43 @@ def test_optimizer_steps(place, dtype, name):
         p = place()
         param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
         native.optimizer_step_32bit(name, [param], [grad], *([p(torch.zeros(n))] if keeps else [] for keeps in kept), *rest)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_norms(place, dtype):
+    for K in LENGTHS[:150]:
+        p, rows = place(), 1 + K % 3
+        x, weight = p(torch.randn(rows, K).to(dtype)), p(torch.ones(K, dtype=dtype))
+        total, out = p(torch.zeros(rows, K, dtype=dtype)), p(torch.zeros(rows, K, dtype=dtype))
+        native.rms_norm(x, weight, 1e-6, rows, K, out)
+        native.add_rms_norm(x, p(torch.randn(rows, K).to(dtype)), weight, 1e-6, rows, K, total, out)
+        native.silu_and_mul(p(torch.randn(rows, 2 * K).to(dtype)), rows, K, p(torch.zeros(rows, K, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_embedding(place, dtype, interleaved):
+    for D in range(1, 80):
+        p, F = place(), D // 2 - D % 3 // 2
+        q, k, positions = p(torch.randn(3, 2, D).to(dtype)), p(torch.randn(3, 1, D).to(dtype)), p(torch.tensor([0, 4, 2]))
+        cos, sin = p(torch.randn(5, F)), p(torch.randn(5, F))
+        out = p(torch.zeros(3, 2, D, dtype=dtype)), p(torch.zeros(3, 1, D, dtype=dtype))
+        native.rotary_embedding(q, k, positions, cos, sin, interleaved, 3, 2, 1, D, 5, F, *out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("codes", [None, i8, u8])
+def test_attention(place, dtype, codes):
+    for D in [*range(1, 70), 127, 128, 129, 192]:
+        p, S, queries, length = place(), 1 + D % 7, 1 + D % 4, 17 + D % 40
+        blocks = -(-length // S)
+        k, v = (p(torch.randn(length, 2, D).to(dtype)) for _ in range(2))
+        caches = [p(torch.zeros(blocks, 2, S, D, dtype=codes or dtype)) for _ in range(2)]
+        scales = [p(torch.zeros(blocks, 2, S)) if codes else None for _ in range(2)]
+        native.write_kv(k, v, *caches, p(torch.arange(length)), *scales, length, blocks, 2, S, D)
+        tables, start = p(torch.arange(blocks, dtype=torch.int32)), p(torch.tensor([0, queries], dtype=torch.int32))
+        out, lengths = p(torch.zeros(queries, 4, D, dtype=dtype)), p(torch.tensor([length], dtype=torch.int32))
+        native.paged_attention(
+            p(torch.randn(queries, 4, D).to(dtype)), *caches, tables, start, lengths, queries, length, 0.1, True, 0, 0.0, None, *scales,
+            queries, 4, 1, blocks, blocks, 2, S, D, out,
+        )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from q_core.formats.codebooks import dynamic_map
 from q_core.optimizers import ALL_STATES, RULES
-from q_cpu import _native, gemm, int8, openmp, quantize
+from q_cpu import _native, attention, gemm, int8, norm, openmp, quantize
 from q_cpu.runtime import native
 
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
@@ -57,6 +57,28 @@ def every_kernel() -> Iterator[Tensor]:
         native.optimizer_step_32bit(name, params, grads, *moments, *settings)
         for tensors in (params, *codes, *scales, *moments):
             yield from tensors
+
+    yield norm.rms_norm(A, A[0], 1e-6)
+    yield from norm.add_rms_norm(A, A.flip(0), A[0], 1e-6)
+    yield norm.silu_and_mul(A[:, :1030])
+    heads = A[:512, :1024].unflatten(1, (16, 64))
+    yield from norm.rotary_embedding(heads, heads[:, :4], torch.arange(512), A[:, :32].contiguous(), A[:, 32:64].contiguous(), False)
+    yield from attention_outputs(heads.bfloat16())
+
+
+def attention_outputs(heads: Tensor) -> Iterator[Tensor]:
+    """A cache, and attention over it: a long sequence that decodes, whose keys are shared out, and one that is prefilled."""
+    k_cache, v_cache = (torch.zeros(200, 4, 16, 64, dtype=heads.dtype) for _ in range(2))
+    keys = heads[:, :4].repeat(6, 1, 1)
+    attention.write_kv(keys, keys.flip(0), k_cache, v_cache, torch.arange(len(keys)), None, None)
+    yield from (k_cache, v_cache)
+    tables = torch.arange(200, dtype=torch.int32).view(1, 200).repeat(2, 1)
+    start, lengths = torch.tensor([0, 1, 301], dtype=torch.int32), torch.tensor([3001, 400], dtype=torch.int32)
+    yield attention.paged_attention(
+        heads[:301], k_cache, v_cache, tables, start, lengths, 300, 3001, 0.125, True, None, None, None, None, None
+    )
+    attention.copy_kv_blocks(k_cache, v_cache, torch.stack((torch.arange(200), torch.arange(200).flip(0)), 1))
+    yield v_cache
 
 
 def test_the_same_bits_on_any_number_of_threads(isa, threads):

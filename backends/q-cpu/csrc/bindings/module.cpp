@@ -31,4 +31,6 @@ PYBIND11_MODULE(_native, m) {
   bind_gemm(m);
   bind_optim(m);
   bind_int8(m);
+  bind_attention(m);
+  bind_norm(m);
 }

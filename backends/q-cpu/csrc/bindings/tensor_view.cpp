@@ -1,5 +1,6 @@
 #include "tensor_view.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "dlpack_abi.h"
@@ -49,6 +50,7 @@ constexpr ScalarFacts kScalars[] = {
     {Scalar::f32, "float32", dlpack::kFloat, 32}, {Scalar::bf16, "bfloat16", dlpack::kBfloat, 16},
     {Scalar::f16, "float16", dlpack::kFloat, 16}, {Scalar::u8, "uint8", dlpack::kUInt, 8},
     {Scalar::i8, "int8", dlpack::kInt, 8},        {Scalar::boolean, "bool", dlpack::kBool, 8},
+    {Scalar::i32, "int32", dlpack::kInt, 32},     {Scalar::i64, "int64", dlpack::kInt, 64},
 };
 
 const ScalarFacts& facts(Scalar scalar) { return kScalars[static_cast<size_t>(scalar)]; }
@@ -67,7 +69,7 @@ void bad_value(const Argument& argument, const std::string& problem) { throw py:
 
 void bad_type(const Argument& argument, const std::string& problem) { throw py::type_error(argument.text() + " " + problem); }
 
-TensorView::TensorView(py::handle object, const Argument& argument) : argument_(argument) {
+TensorView::TensorView(py::handle object, const Argument& argument, Layout layout) : argument_(argument) {
   // The exchange functions trust the type, so it is asked for first.
   if (!PyObject_TypeCheck(object.ptr(), torch().tensor_type))
     bad_type(argument_, "is a " + quoted_type(object) + ", expected a torch.Tensor");
@@ -76,7 +78,7 @@ TensorView::TensorView(py::handle object, const Argument& argument) : argument_(
   } else {
     read_attributes(object);
   }
-  if (!contiguous_) bad_value(argument_, "is not contiguous; pass a contiguous copy");
+  if (layout == Layout::contiguous && !contiguous_) bad_value(argument_, "is not contiguous; pass a contiguous copy");
   if (scalar_ == Scalar::other || numel_ == 0) return;
   if (data_ == nullptr) bad_value(argument_, "has no storage, expected a dense CPU tensor");
   if (reinterpret_cast<uintptr_t>(data_) % (facts(scalar_).bits / 8) != 0) {
@@ -121,6 +123,11 @@ void TensorView::read_attributes(py::handle object) {
 }
 
 void TensorView::set_layout(int64_t ndim, const int64_t* shape, const int64_t* strides) {
+  axes_ = ndim;
+  for (int64_t axis = 0; axis < std::min<int64_t>(ndim, kMaxStridedAxes); ++axis) {
+    sizes_[axis] = shape[axis];
+    strides_[axis] = strides[axis];
+  }
   for (int64_t axis = ndim - 1; axis >= 0; --axis) {
     if (shape[axis] != 1 && strides[axis] != numel_) contiguous_ = false;
     numel_ *= shape[axis];
@@ -148,6 +155,23 @@ const TensorView& TensorView::floating() const {
 
 const TensorView& TensorView::sized(int64_t expected) const {
   if (numel_ != expected) bad_value(argument_, "has " + std::to_string(numel_) + " elements, expected " + std::to_string(expected));
+  return *this;
+}
+
+const TensorView& TensorView::shaped(std::initializer_list<int64_t> expected) const {
+  const int64_t axes = static_cast<int64_t>(expected.size());
+  if (axes_ != axes) bad_value(argument_, "has " + std::to_string(axes_) + " axes, expected " + std::to_string(axes));
+  int64_t axis = 0;
+  for (const int64_t size : expected) {
+    if (sizes_[axis] != size) {
+      const std::string got = "has " + std::to_string(sizes_[axis]) + " elements on axis " + std::to_string(axis);
+      bad_value(argument_, got + ", expected " + std::to_string(size));
+    }
+    ++axis;
+  }
+  if (numel_ > 0 && sizes_[axes - 1] > 1 && strides_[axes - 1] != 1) {
+    bad_value(argument_, "has a last axis that is not contiguous; pass a contiguous copy");
+  }
   return *this;
 }
 

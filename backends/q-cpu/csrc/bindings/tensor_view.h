@@ -17,7 +17,12 @@ namespace q_cpu {
 
 namespace py = pybind11;
 
-enum class Scalar : uint8_t { f32, bf16, f16, u8, i8, boolean, other };
+enum class Scalar : uint8_t { f32, bf16, f16, u8, i8, boolean, i32, i64, other };
+
+// Whether a kernel takes a tensor's strides.
+enum class Layout : uint8_t { contiguous, strided };
+
+constexpr int kMaxStridedAxes = 3;
 
 // Which argument a message is about.
 struct Argument {
@@ -35,17 +40,20 @@ struct Argument {
 class TensorView {
  public:
   // Any CPU tensor that is contiguous and aligned; what else it must be, the checks below say.
-  TensorView(py::handle object, const Argument& argument);
+  TensorView(py::handle object, const Argument& argument, Layout layout = Layout::contiguous);
 
   // Each check returns the view, or throws what was got and what expected.
   const TensorView& of(Scalar expected) const;
   const TensorView& of(const TensorView& other) const;
   const TensorView& floating() const;
   const TensorView& sized(int64_t expected) const;
+  // A strided view of these sizes, whose last axis is contiguous.
+  const TensorView& shaped(std::initializer_list<int64_t> expected) const;
 
   Scalar scalar() const { return scalar_; }
   Float dtype() const;  // of a floating view
   int64_t numel() const { return numel_; }
+  int64_t stride(int axis) const { return strides_[axis]; }  // in elements, of a strided view
 
   template <class T>
   T* data() const {
@@ -61,6 +69,9 @@ class TensorView {
   void* data_ = nullptr;
   int64_t numel_ = 1;
   bool contiguous_ = true;
+  int64_t axes_ = 0;
+  int64_t sizes_[kMaxStridedAxes] = {};  // the first ones, if there are more
+  int64_t strides_[kMaxStridedAxes] = {};
   Scalar scalar_ = Scalar::other;
   std::string foreign_dtype_;  // the name of a dtype that no kernel takes
 };

@@ -23,6 +23,8 @@ struct QuantizeKernels;
 struct GemmKernels;
 struct OptimKernels;
 struct Int8Kernels;
+struct AttentionKernels;
+struct NormKernels;
 
 struct Kernels {
   const char* name;     // as in Q_CPU_ISA
@@ -31,6 +33,8 @@ struct Kernels {
   const GemmKernels* gemm;
   const OptimKernels* optim;
   const Int8Kernels* int8;
+  const AttentionKernels* attention;
+  const NormKernels* norm;
 };
 
 }  // namespace q_cpu

@@ -49,6 +49,9 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 
 // Sum of the lanes, halves onto halves.
 inline float sum_lanes(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#endif
   float lanes[kLanes];
   memcpy(lanes, &v, sizeof v);
   for (int width = kLanes / 2; width > 0; width /= 2) {

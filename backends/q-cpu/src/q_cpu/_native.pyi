@@ -1,7 +1,7 @@
 """The native module. Private: :mod:`q_cpu.runtime` sets it up, the families' modules call it.
 
 Every function checks every argument and raises ``TypeError`` or ``ValueError`` that names op, argument, got and expected. Tensors are
-contiguous CPU tensors; those named ``out``, ``codes``, ``packed``, ``q``, ``absmax`` and ``outliers`` of a quantizing function are written
+contiguous CPU tensors, but for those in the norm and attention families whose sizes are given too, which need a contiguous last axis only; those named ``out``, ``codes``, ``packed``, ``q``, ``absmax`` and ``outliers`` of a quantizing function are written
 to, as are parameters and states.
 """
 
@@ -102,5 +102,69 @@ def gemm_4bit_int8(
     N: int,
     K: int,
     bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: int, K: int, out: Tensor) -> None: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rows: int, K: int, total: Tensor, out: Tensor
+) -> None: ...
+def rotary_embedding(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    T: int,
+    H: int,
+    G: int,
+    D: int,
+    P: int,
+    F: int,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None: ...
+def silu_and_mul(x: Tensor, rows: int, N: int, out: Tensor) -> None: ...
+def write_kv(
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    k_cache_BGSD: Tensor,
+    v_cache_BGSD: Tensor,
+    slot_mapping: Tensor,
+    k_scale_BGS: Tensor | None,
+    v_scale_BGS: Tensor | None,
+    T: int,
+    B: int,
+    G: int,
+    S: int,
+    D: int,
+) -> None: ...
+def copy_kv_blocks(
+    src: Tensor, dst: Tensor, pairs: Tensor, count: int, src_blocks: int, dst_blocks: int, block_bytes: int
+) -> None: ...
+def paged_attention(
+    q_THD: Tensor,
+    k_cache_BGSD: Tensor,
+    v_cache_BGSD: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks_H: Tensor | None,
+    k_scale_BGS: Tensor | None,
+    v_scale_BGS: Tensor | None,
+    T: int,
+    H: int,
+    R: int,
+    M: int,
+    B: int,
+    G: int,
+    S: int,
+    D: int,
     out: Tensor,
 ) -> None: ...

@@ -22,3 +22,8 @@ def decline_in_place(argument: str, tensor: Tensor) -> str | None:
 def decline_4bit_type(quant_type: str) -> str | None:
     """Why a 4-bit type isn't one that the kernels know, or ``None``."""
     return None if quant_type in FOUR_BIT_TYPES else f"quant_type {quant_type!r}, only {', '.join(FOUR_BIT_TYPES)}"
+
+
+def with_contiguous_last_axis(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its last axis has another stride than 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,118 @@
+// Functions of vectors: powers, hyperbolic tangent, extrema. Coefficients are a weighted minimax fit of the relative error.
+
+#pragma once
+
+#include "elements.h"
+
+namespace q_cpu::Q_CPU_LEVEL {
+namespace {
+
+// The larger of each lane; where one is NaN, b.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return same_bits<Vector>(_mm512_max_ps(same_bits<__m512>(a), same_bits<__m512>(b)));
+#elif defined(__AVX2__)
+  return same_bits<Vector>(_mm256_max_ps(same_bits<__m256>(a), same_bits<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vector lesser(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return same_bits<Vector>(_mm512_min_ps(same_bits<__m512>(a), same_bits<__m512>(b)));
+#elif defined(__AVX2__)
+  return same_bits<Vector>(_mm256_min_ps(same_bits<__m256>(a), same_bits<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+inline float largest_lane(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(same_bits<__m512>(v));
+#endif
+  float lanes[kLanes];
+  write(v, lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = larger(lanes[i], lanes[i + width]);
+  }
+  return lanes[0];
+}
+
+// The nearest integer, ties to even, of |x| < 2^22.
+inline Vector round_lanes(Vector x) {
+#if defined(__AVX512F__)
+  return same_bits<Vector>(_mm512_roundscale_ps(same_bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  constexpr float kShift = 0x1.8p23f;
+  return x + kShift - kShift;
+#endif
+}
+
+#if defined(__AVX512F__)
+constexpr float kSmallestPower = -152.0f;
+#else
+constexpr float kSmallestPower = -127.0f;
+#endif
+
+// x * 2^n for whole n of kSmallestPower…128, where the ends give 0 and infinity. A NaN in x stays.
+inline Vector scale_by_power(Vector x, Vector n) {
+#if defined(__AVX512F__)
+  return same_bits<Vector>(_mm512_scalef_ps(same_bits<__m512>(x), same_bits<__m512>(n)));
+#else
+  return x * same_bits<Vector>((__builtin_convertvector(n, Integers) + 127) << 23);
+#endif
+}
+
+// 2^f for |f| <= 1/2 to 2^-24 · 1.4, and exactly 1 at 0.
+inline Vector exp2_fraction(Vector f) {
+  Vector p = broadcast(0x1.41fbbcp-13f);
+  p = multiply_add(p, f, broadcast(0x1.5f3e54p-10f));
+  p = multiply_add(p, f, broadcast(0x1.3b2d4cp-7f));
+  p = multiply_add(p, f, broadcast(0x1.c6aee8p-5f));
+  p = multiply_add(p, f, broadcast(0x1.ebfbdcp-3f));
+  p = multiply_add(p, f, broadcast(0x1.62e430p-1f));
+  return multiply_add(p, f, broadcast(1.0f));
+}
+
+// 2^x, to 1.5 units in the last place for -126 <= x < 127.5; 0 or subnormal below, infinity above.
+inline Vector exp2_lanes(Vector x) {
+  const Vector bounded = lesser(broadcast(128.0f), larger(broadcast(kSmallestPower), x));
+  const Vector n = round_lanes(bounded);
+  return scale_by_power(exp2_fraction(bounded - n), n);
+}
+
+inline float exp2_scalar(float x) { return exp2_lanes(broadcast(x))[0]; }
+
+// e^x, to 2.5 units in the last place for -87 <= x < 88; 0 or subnormal below, infinity above.
+inline Vector exp_lanes(Vector x) {
+  constexpr float kLog2e = 0x1.715476p0f;
+  constexpr float kLn2 = 0x1.62e430p-1f;
+  constexpr float kLn2High = 0x1.63p-1f;  // few bits, so that n times it is exact
+  constexpr float kLn2Low = -0x1.bd0106p-13f;
+  const Vector bounded = lesser(broadcast(88.9f), larger(broadcast(kSmallestPower * kLn2), x));
+  const Vector n = round_lanes(bounded * kLog2e);
+  const Vector rest = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), bounded));
+  return scale_by_power(exp2_fraction(rest * kLog2e), n);
+}
+
+// tanh x, to 3 units in the last place.
+inline Vector tanh_lanes(Vector x) {
+  const Vector magnitude = same_bits<Vector>(same_bits<Words>(x) & kMagnitude);
+  const Vector square = x * x;
+  Vector p = broadcast(-0x1.9b303ap-8f);
+  p = multiply_add(p, square, broadcast(0x1.593d06p-6f));
+  p = multiply_add(p, square, broadcast(-0x1.b9287ap-5f));
+  p = multiply_add(p, square, broadcast(0x1.110d26p-3f));
+  p = multiply_add(p, square, broadcast(-0x1.55554ap-2f));
+  const Vector small = multiply_add(p * square, x, x);
+  const Vector large = 1.0f - 2.0f / (exp_lanes(magnitude * 2.0f) + 1.0f);
+  const Vector signed_large = same_bits<Vector>(same_bits<Words>(large) | (same_bits<Words>(x) & ~kMagnitude));
+  return magnitude < 0.55f ? small : signed_large;
+}
+
+}  // namespace
+}  // namespace q_cpu::Q_CPU_LEVEL
