@@ -47,7 +47,8 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
             "A_TK": A, "threshold": 1.0, "q": torch.zeros(100, dtype=i8), "absmax": absmax, "outliers": torch.zeros(25, dtype=torch.bool),
         }),
         "gemm": (native.gemm, {
-            "x_TK": torch.randn(2, 20), "w_NK": torch.randn(5, 20), "T": 2, "N": 5, "K": 20, "bias": torch.zeros(5), "out": torch.zeros(2, 5),
+            "x_TK": torch.randn(2, 20), "w_NK": torch.randn(5, 20), "T": 2, "N": 5, "K": 20,
+            "bias": torch.zeros(5), "out": torch.zeros(2, 5),
         }),
         "gemm_4bit": (native.gemm_4bit, {
             "x_TK": torch.randn(2, 20), "packed": packed, "absmax": absmax, "blocksize": 32, "quant_type": "nf4",

@@ -61,12 +61,12 @@ inline void stream_dense(const Gemm& a, int64_t token, int64_t row, int64_t rows
   const Strides strides{a.K, P::kStep};
   const X* x = static_cast<const X*>(a.x_TK) + token * a.K;
   const X* w = static_cast<const X*>(a.w_NK) + row * a.K;
-  float sums[Tokens * kDenseRows] = {};
+  float sums[whole_sums(Tokens * kDenseRows)] = {};
   if (rows == kDenseRows) {
     multiply_tile<P, Tokens, kDenseRows>(x, strides, w, strides, a.K, sums);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
-      float column[Tokens] = {};
+      float column[whole_sums(Tokens)] = {};
       multiply_tile<P, Tokens, 1>(x, strides, w + r * a.K, strides, a.K, column);
       for (int t = 0; t < Tokens; ++t) sums[t * kDenseRows + r] = column[t];
     }

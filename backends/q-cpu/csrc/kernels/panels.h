@@ -1,9 +1,8 @@
 // The blocking of a matrix product with weights that must be decoded, from a few tokens to prefill sizes.
 //
-// Activations and weights are packed into panels in cache, kPanelK features wide, in the order in which tiles read them: straight
-// on, which the processor prefetches and which no stride between rows can spoil. A token's panel stays in L2 while all rows of a
-// block pass; few tokens have one panel, and each tile of rows is decoded for it into L1; for many tokens the block's rows are
-// decoded into L2 and serve panel after panel.
+// Activations and weights are packed into panels, kPanelK features wide, in the order in which tiles read them: straight on, which
+// the processor prefetches and which no stride between rows can spoil. The tokens' panel stays in L2 while a block of rows passes,
+// a tile's rows at a time, each decoded into L1 for all of the panel's tokens.
 //
 // A sum is made a panel's width at a time, each part as in tile.h: its order depends on K alone.
 
@@ -15,11 +14,9 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kPanelVectors = 2048 / static_cast<int64_t>(sizeof(Vector));  // of a token or a row in a panel
-constexpr int64_t kTokenTiles = 16;  // of a panel of tokens: 128 KiB with AVX-512
-constexpr int64_t kRowTiles = 32;    // of a panel of rows that many tokens share: 384 KiB
-constexpr int64_t kBlockTiles = 64;  // of tokens that share it
+constexpr int64_t kTokenTiles = 32;                                            // of a panel: 256 KiB with AVX-512
 constexpr int64_t kPanelTokens = kTokenTiles * kTileTokens;
-constexpr int64_t kBlockTokens = kBlockTiles * kTileTokens;
+constexpr int64_t kSumTiles = 2048;  // kept for a block of rows: 192 KiB
 
 template <class P>
 constexpr int64_t kPanelK = kPanelVectors * P::kStep;
@@ -103,37 +100,32 @@ inline void write_sums(const Product& a, int64_t row, int64_t rows, int64_t toke
 template <class P, class X, class Fill>
 inline void multiply_panels(const Product& a, int64_t first, int64_t last, Fill&& fill) {
   alignas(64) typename P::Number x_panel[kTokenTiles][kTileTokens * kPanelK<P>];
-  alignas(64) typename P::Number w_panels[kRowTiles][kTileRows * kPanelK<P>];
-  alignas(64) TileSums sums[kRowTiles * kBlockTiles];
+  alignas(64) typename P::Number w_panel[kTileRows * kPanelK<P>];
+  alignas(64) TileSums sums[kSumTiles];
   const X* x = static_cast<const X*>(a.x_TK);
-  for (int64_t block = 0; block < a.T; block += kBlockTokens) {
-    const int64_t tokens = smaller(kBlockTokens, a.T - block);
+  for (int64_t token = 0; token < a.T; token += kPanelTokens) {
+    const int64_t tokens = smaller(kPanelTokens, a.T - token);
     const int64_t token_tiles = tiles_of(tokens, kTileTokens);
-    const bool one_panel = tokens <= kPanelTokens;
-    const int64_t block_rows = (one_panel ? kRowTiles * kBlockTiles / token_tiles : kRowTiles) * kTileRows;
+    const int64_t block_rows = kSumTiles / token_tiles * kTileRows;
     for (int64_t row = first; row < last; row += block_rows) {
       const int64_t rows = smaller(block_rows, last - row);
       memset(sums, 0, static_cast<size_t>(tiles_of(rows, kTileRows) * token_tiles) * sizeof(TileSums));
       for (int64_t k = 0; k < a.K; k += kPanelK<P>) {
         const int64_t width = smaller(kPanelK<P>, a.K - k);
-        for (int64_t token = 0; token < tokens; token += kPanelTokens) {
-          const int64_t end = smaller(token + kPanelTokens, tokens);
-          for (int64_t t = token; t < end; t += kTileTokens) {
-            pack_tokens<P>(x + (block + t) * a.K + k, a.K, smaller(kTileTokens, end - t), width,
-                           x_panel[(t - token) / kTileTokens]);
-          }
-          for (int64_t r = 0; r < rows; r += kTileRows) {
-            typename P::Number* w = w_panels[one_panel ? 0 : r / kTileRows];
-            if (token == 0) fill(row + r, smaller(kTileRows, rows - r), k, width, w);
-            TileSums* tile = sums + r / kTileRows * token_tiles + token / kTileTokens;
-            for (int64_t t = token; t < end; t += kTileTokens, ++tile) {
-              multiply_panel<P>(smaller(kTileTokens, end - t), x_panel[(t - token) / kTileTokens], w, width, *tile);
-            }
+        for (int64_t t = 0; t < tokens; t += kTileTokens) {
+          pack_tokens<P>(x + (token + t) * a.K + k, a.K, smaller(kTileTokens, tokens - t), width, x_panel[t / kTileTokens]);
+        }
+        TileSums* tile = sums;
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          fill(row + r, smaller(kTileRows, rows - r), k, width, w_panel);
+          for (int64_t t = 0; t < tokens; t += kTileTokens, ++tile) {
+            multiply_panel<P>(smaller(kTileTokens, tokens - t), x_panel[t / kTileTokens], w_panel, width, *tile);
           }
         }
       }
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        write_sums(a, row + r, smaller(kTileRows, rows - r), block, tokens, sums + r / kTileRows * token_tiles);
+      const TileSums* tile = sums;
+      for (int64_t r = 0; r < rows; r += kTileRows, tile += token_tiles) {
+        write_sums(a, row + r, smaller(kTileRows, rows - r), token, tokens, tile);
       }
     }
   }

@@ -24,33 +24,74 @@ struct Strides {
   int64_t line, step;
 };
 
-// Sums of the lanes of four vectors.
-inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
+// Sums of lanes are written four at a time.
+constexpr int whole_sums(int count) { return (count + 3) / 4 * 4; }
+
 #if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)),
-                                  _mm512_unpackhi_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512>(d)),
-                                  _mm512_unpackhi_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512>(d)));
-  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-#elif defined(__AVX2__)
-  const __m256 ab = _mm256_hadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b));
-  const __m256 cd = _mm256_hadd_ps(reinterpret_cast<__m256>(c), reinterpret_cast<__m256>(d));
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-#else
-  const Vector all[4] = {a, b, c, d};
-  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(all[i]);
-#endif
+
+// Four vectors to one whose lanes of 128 bits have a part of each one's sum.
+inline __m512 fold_four(const Vector* v) {
+  const __m512 a = reinterpret_cast<__m512>(v[0]), b = reinterpret_cast<__m512>(v[1]);
+  const __m512 c = reinterpret_cast<__m512>(v[2]), d = reinterpret_cast<__m512>(v[3]);
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
 
-// Adds to `sums`, token by token, the products of `Tokens` tokens and `Rows` rows over `width` features.
+// Of two such, the lanes' first and third, and second and fourth, added.
+inline __m512 fold_lanes(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+
+// Adds the sum of each vector's lanes to its place in `sums`.
+template <int Count>
+inline void add_lanes(const Vector (&v)[Count], float* sums) {
+  int i = 0;
+#pragma GCC unroll 8
+  for (; i + 16 <= Count; i += 16) {
+    const __m512 low = fold_lanes(fold_four(v + i), fold_four(v + i + 4));
+    const __m512 high = fold_lanes(fold_four(v + i + 8), fold_four(v + i + 12));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), all));
+  }
+#pragma GCC unroll 8
+  for (; i < Count; i += 4) {
+    const __m512 four = fold_four(v + i);
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    const __m128 one = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+    _mm_storeu_ps(sums + i, _mm_add_ps(_mm_loadu_ps(sums + i), one));
+  }
+}
+
+#elif defined(__AVX2__)
+
+template <int Count>
+inline void add_lanes(const Vector (&v)[Count], float* sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; i += 4) {
+    const __m256 ab = _mm256_hadd_ps(reinterpret_cast<__m256>(v[i]), reinterpret_cast<__m256>(v[i + 1]));
+    const __m256 cd = _mm256_hadd_ps(reinterpret_cast<__m256>(v[i + 2]), reinterpret_cast<__m256>(v[i + 3]));
+    const __m256 four = _mm256_hadd_ps(ab, cd);
+    const __m128 one = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+    _mm_storeu_ps(sums + i, _mm_add_ps(_mm_loadu_ps(sums + i), one));
+  }
+}
+
+#else
+
+template <int Count>
+inline void add_lanes(const Vector (&v)[Count], float* sums) {
+  for (int i = 0; i < Count; ++i) sums[i] += sum_lanes(v[i]);
+}
+
+#endif
+
+// Adds to `sums`, token by token, the products of `Tokens` tokens and `Rows` rows over `width` features. There is room for
+// whole_sums(Tokens * Rows) of them.
 template <class P, int Tokens, int Rows>
 inline void multiply_tile(const typename P::Number* x, Strides x_strides, const typename P::Number* w, Strides w_strides,
                           int64_t width, float* sums) {
-  constexpr int kSums = Tokens * Rows;
-  Vector tile[(kSums + 3) / 4 * 4] = {};
+  Vector tile[whole_sums(Tokens * Rows)] = {};
   int64_t k = 0;
   for (; k + P::kStep <= width; k += P::kStep, x += x_strides.step, w += w_strides.step) {
     typename P::Operand rows[Rows];
@@ -74,11 +115,7 @@ inline void multiply_tile(const typename P::Number* x, Strides x_strides, const 
       for (int r = 0; r < Rows; ++r) tile[t * Rows + r] = P::multiply_add(token, rows[r], tile[t * Rows + r]);
     }
   }
-  float all[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += 4) sum_four(tile[i], tile[i + 1], tile[i + 2], tile[i + 3], all + i);
-#pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) sums[i] += all[i];
+  add_lanes(tile, sums);
 }
 
 }  // namespace

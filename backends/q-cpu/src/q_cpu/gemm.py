@@ -14,7 +14,6 @@ from q_cpu import int8
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype
 
-
 _STREAMED_TOKENS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 32}
 """Tokens up to which the dense kernel is faster than torch's product, as measured with AVX-512."""
 
@@ -28,7 +27,8 @@ def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply with a dense weight: a few tokens by a kernel that streams it, more by torch's own product."""
     *leading, K = x_TK.shape
     T, N = math.prod(leading), w_NK.shape[0]
-    if T > _STREAMED_TOKENS[x_TK.dtype] or not w_NK.is_contiguous():
+    most = _STREAMED_TOKENS[x_TK.dtype]
+    if T > most or not w_NK.is_contiguous():
         return F.linear(x_TK, w_NK, bias)
     out = torch.empty(*leading, N, dtype=x_TK.dtype)
     native.gemm(x_TK.contiguous(), w_NK, T, N, K, None if bias is None else bias.contiguous(), out)
