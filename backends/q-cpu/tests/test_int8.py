@@ -202,15 +202,15 @@ def test_non_finite_values_stay_where_they_belong(T):
     assert torch.equal(out[tokens][:, rows], clean[tokens][:, rows])
 
 
-def test_a_token_gets_the_same_bits_among_few_and_among_many():
-    call = four_bit_call(140, 70, 1280, torch.float32, "nf4", 64)
-    weight = int8_weight_call(140, 70, 1280, torch.bfloat16, biased=True)
-    for ranges in (((0, 1), (0, 4), (2, 4)), ((0, 5), (0, 140), (1, 70))):
-        few = [(gemm.gemm_4bit(**call | {"x_TK": call["x_TK"][i:j]}), i, j) for i, j in ranges]
-        few += [(int8.gemm_int8_weight(**weight | {"x_TK": weight["x_TK"][i:j]}), i, j) for i, j in ranges]
-        for whole, parts in ((few[1], few[:3]), (few[4], few[3:])):
-            for part, i, j in parts:
-                assert torch.equal(part, whole[0][i:j])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_token_gets_the_same_bits_among_few_and_among_many(dtype):
+    four_bit = four_bit_call(140, 33, 4224, dtype, "nf4", 64)
+    weight = int8_weight_call(140, 33, 4224, dtype, biased=True)
+    for op, call in ((gemm.gemm_4bit, four_bit), (int8.gemm_int8_weight, weight)):
+        for whole, parts in (((0, 4), ((0, 1), (1, 3), (1, 4))), ((0, 140), ((0, 5), (1, 70), (133, 140)))):
+            expected = op(**call | {"x_TK": call["x_TK"][slice(*whole)]})
+            for i, j in parts:
+                assert torch.equal(op(**call | {"x_TK": call["x_TK"][i:j]}), expected[i:j])
 
 
 def test_other_dtypes_are_declined_in_words():

@@ -70,67 +70,72 @@ inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int
   store(out, rows, a.out_TN, a.dtype, token * a.N + row);
 }
 
-// Adds the scaled dot product of `count` biased weights to the sums of Tokens tokens.
+// Adds the scaled dot product of `count` biased weights, which share a scale, to the sums of Tokens tokens.
 template <int Tokens>
-inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
+inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector (&sums)[Tokens]) {
   Integers dots[Tokens] = {};
   Integers biases[Tokens] = {};
   const DotBytes zeros = biased(DotBytes{});
+  const auto add = [&](int t, DotBytes row, DotBytes token) {
+    dots[t] = dot_add(dots[t], row, token);
+    if (kBias) biases[t] = dot_add(biases[t], zeros, token);
+  };
   int64_t k = 0;
   for (; k + kDotBytes <= count; k += kDotBytes) {
     const DotBytes row = load_bytes(w + k);
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-      const DotBytes token = load_bytes(x + t * x_stride + k);
-      dots[t] = dot_add(dots[t], row, token);
-      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
-    }
+    for (int t = 0; t < Tokens; ++t) add(t, row, load_bytes(x + t * x_stride + k));
   }
   if (k < count) {
     const DotBytes row = load_bytes(w + k, count - k);
-    for (int t = 0; t < Tokens; ++t) {
-      const DotBytes token = load_bytes(x + t * x_stride + k, count - k);
-      dots[t] = dot_add(dots[t], row, token);
-      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
-    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) add(t, row, load_bytes(x + t * x_stride + k, count - k));
   }
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t)
     sums[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + scale, sums[t]);
 }
 
-inline void add_block(int64_t tokens, const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
-  switch (tokens) {
-    case 1:
-      return add_block<1>(x, x_stride, w, count, scale, sums);
-    case 2:
-      return add_block<2>(x, x_stride, w, count, scale, sums);
-    case 3:
-      return add_block<3>(x, x_stride, w, count, scale, sums);
-    default:
-      return add_block<4>(x, x_stride, w, count, scale, sums);
+// Adds the products of the decoded weights first…first + width with Tokens tokens; each block, or what of it was decoded, has its scale.
+template <int Tokens>
+inline void add_blocks(const Gemm4bitInt8& a, const int8_t* x, int64_t first, const int8_t* w, int64_t width, Vector* sums) {
+  const int shift = log2_of(a.blocksize);
+  Vector totals[Tokens];
+  for (int t = 0; t < Tokens; ++t) totals[t] = sums[t];
+  int64_t i = 0;
+  while (i < width) {
+    const int64_t block = (first + i) >> shift;
+    const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
+    add_block<Tokens>(x + i, a.K, w + i, part, a.absmax[block] * a.book->unit, totals);
+    i += part;
   }
+  for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
 }
 
-// One weight row and a block of tokens: each block of weights, or what of it lies in the row and was decoded, has its scale.
+// One weight row and a block of tokens.
 inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, int64_t token, int64_t tokens, Vector* sums) {
   alignas(64) int8_t w[kDecodedAtOnce];
-  const int shift = log2_of(a.blocksize);
   memset(sums, 0, static_cast<size_t>(tokens) * sizeof *sums);
   for (int64_t k = 0; k < a.K; k += kDecodedAtOnce) {
     const int64_t width = smaller(kDecodedAtOnce, a.K - k);
     const int64_t first = row * a.K + k;
-    for (int64_t i = 0; i < width; i += 128) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
+    for (int64_t i = 0; i < width; i += 2 * kLineBytes) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
     decode_codes(a.packed, first, width, book, w);
-    for (int64_t i = 0; i < width;) {
-      const int64_t block = (first + i) >> shift;
-      const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
-      const float scale = a.absmax[block] * a.book->unit;
-      for (int64_t t = 0; t < tokens; t += 4) {
-        const int8_t* x = a.x_TK + (token + t) * a.K + k + i;
-        add_block(smaller(4, tokens - t), x, a.K, w + i, part, scale, sums + t);
+    for (int64_t t = 0; t < tokens; t += 4) {
+      const int8_t* x = a.x_TK + (token + t) * a.K + k;
+      switch (tokens - t) {
+        case 1:
+          add_blocks<1>(a, x, first, w, width, sums + t);
+          break;
+        case 2:
+          add_blocks<2>(a, x, first, w, width, sums + t);
+          break;
+        case 3:
+          add_blocks<3>(a, x, first, w, width, sums + t);
+          break;
+        default:
+          add_blocks<4>(a, x, first, w, width, sums + t);
       }
-      i += part;
     }
   }
 }

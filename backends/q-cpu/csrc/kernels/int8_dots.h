@@ -135,12 +135,19 @@ inline TokenWords int8_tokens(const int8_t* x, int64_t stride, int64_t tokens, i
 
 // Sum of the lanes, halves onto halves.
 inline int32_t sum_integers(Integers v) {
-  int32_t lanes[kLanes];
-  memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#if defined(__AVX512F__)
+  const auto halves =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto halves = v;
+#endif
+#if defined(__AVX2__)
+  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
+#else
+  const auto quarters = halves;
+#endif
+  const auto pairs = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1);
+  return pairs[0] + pairs[1];
 }
 
 // What a bias adds to the dot products of this row: kBias times its sum.
