@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kMinSpan = 16;
+constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 
 // Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<uint64_t>(power_of_two)); }
@@ -97,18 +98,28 @@ inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_
 }
 
 // Adds the products of the decoded weights first…first + width with Tokens tokens; each block, or what of it was decoded, has its scale.
+// Not inlined: the compiler would run out of registers for addresses.
 template <int Tokens>
-inline void add_blocks(const Gemm4bitInt8& a, const int8_t* x, int64_t first, const int8_t* w, int64_t width, Vector* sums) {
+__attribute__((noinline)) void add_blocks(const Gemm4bitInt8& a, const int8_t* x, int64_t first, const int8_t* w, int64_t width,
+                                          Vector* sums) {
   const int shift = log2_of(a.blocksize);
+  const int64_t blocksize = a.blocksize, x_stride = a.K;
+  const float unit = a.book->unit;
+  const float* scale = a.absmax + (first >> shift);
   Vector totals[Tokens];
+#pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) totals[t] = sums[t];
+  const auto add = [&](int64_t i, int64_t count) { add_block<Tokens>(x + i, x_stride, w + i, count, *scale++ * unit, totals); };
+  const int64_t begun = first & (blocksize - 1);
   int64_t i = 0;
-  while (i < width) {
-    const int64_t block = (first + i) >> shift;
-    const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
-    add_block<Tokens>(x + i, a.K, w + i, part, a.absmax[block] * a.book->unit, totals);
-    i += part;
+  if (begun) add(0, i = smaller(blocksize - begun, width));
+  if (blocksize == kDotBytes) {
+    for (; i + kDotBytes <= width; i += kDotBytes) add(i, kDotBytes);
+  } else {
+    for (; i + blocksize <= width; i += blocksize) add(i, blocksize);
   }
+  if (i < width) add(i, width - i);
+#pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
 }
 
@@ -143,14 +154,16 @@ inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t 
 void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
   const BiasedBook book(*a.book);
   alignas(64) Vector sums[kBlockTokens];
+  float totals[kBlockTokens][kRowBlock];
   for (int64_t token = 0; token < a.T; token += kBlockTokens) {
     const int64_t tokens = smaller(kBlockTokens, a.T - token);
-    for (int64_t row = first; row < last; ++row) {
-      multiply_row(a, book, row, token, tokens, sums);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float sum = sum_lanes(sums[t]);
-        write_outputs(a, token + t, row, 1, &sum);
+    for (int64_t block = first; block < last; block += kRowBlock) {
+      const int64_t rows = smaller(kRowBlock, last - block);
+      for (int64_t r = 0; r < rows; ++r) {
+        multiply_row(a, book, block + r, token, tokens, sums);
+        for (int64_t t = 0; t < tokens; ++t) totals[t][r] = sum_across(sums[t]);
       }
+      for (int64_t t = 0; t < tokens; ++t) write_outputs(a, token + t, block, rows, totals[t]);
     }
   }
 }

@@ -57,7 +57,7 @@ void few_tokens(const Int8Gemm& a, int64_t first, int64_t last) {
       Integers sums[Tokens] = {};
       dot_row<Tokens>(a, a.b_NK + (block + r) * a.K, sums);
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) totals[t][r] = sum_integers(sums[t]);
+      for (int t = 0; t < Tokens; ++t) totals[t][r] = sum_across(sums[t]);
     }
     for (int t = 0; t < Tokens; ++t) write_outputs(a, t, block, rows, totals[t], biases[t]);
   }

@@ -133,23 +133,6 @@ inline TokenWords int8_tokens(const int8_t* x, int64_t stride, int64_t tokens, i
   return {reinterpret_cast<const char*>(buffer), kPackedWords * static_cast<int64_t>(sizeof(uint32_t))};
 }
 
-// Sum of the lanes, halves onto halves.
-inline int32_t sum_integers(Integers v) {
-#if defined(__AVX512F__)
-  const auto halves =
-      __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  const auto halves = v;
-#endif
-#if defined(__AVX2__)
-  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
-#else
-  const auto quarters = halves;
-#endif
-  const auto pairs = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1);
-  return pairs[0] + pairs[1];
-}
-
 // What a bias adds to the dot products of this row: kBias times its sum.
 inline int32_t bias_of(const int8_t* x, int64_t count) {
   if (kBias == 0) return 0;
@@ -158,7 +141,7 @@ inline int32_t bias_of(const int8_t* x, int64_t count) {
   int64_t i = 0;
   for (; i + kDotBytes <= count; i += kDotBytes) sums = dot_add(sums, zeros, load_bytes(x + i));
   if (i < count) sums = dot_add(sums, zeros, load_bytes(x + i, count - i));
-  return sum_integers(sums);
+  return sum_across(sums);
 }
 
 }  // namespace

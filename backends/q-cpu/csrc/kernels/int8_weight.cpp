@@ -172,7 +172,7 @@ void few_tokens(const GemmInt8Weight& a, int64_t first, int64_t last) {
     }
     for (int t = 0; t < Tokens; ++t) {
       float totals[kRowBlock];
-      for (int64_t r = 0; r < rows; ++r) totals[r] = sum_lanes(sums[r][t]);
+      for (int64_t r = 0; r < rows; ++r) totals[r] = sum_across(sums[r][t]);
       write_outputs(a, t, block, rows, totals);
     }
   }
