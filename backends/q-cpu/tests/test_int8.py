@@ -48,14 +48,15 @@ def test_int8_gemm_is_exact(leading, N, K, dtype, bias_dtype, seed):
     assert torch.equal(out, int8_oracle(a, b, a_scale, b_scale, bias, dtype))
 
 
-def test_int8_gemm_holds_the_largest_sum():
+@pytest.mark.parametrize("T", [1, 5])
+def test_int8_gemm_holds_the_largest_sums(T):
     K = 131072
-    a = torch.full((1, K), 127, dtype=torch.int8)
-    b = torch.full((2, K), 127, dtype=torch.int8)
-    b[1] = -127
-    ones = torch.ones(2)
-    out = int8.int8_gemm(a, b, ones[:1], ones, None, torch.float32)
-    assert torch.equal(out, int8_oracle(a, b, ones[:1], ones, None, torch.float32))
+    a = torch.tensor([[127], [-128]] * T, dtype=torch.int8).repeat(1, K)
+    b = torch.tensor([[127], [-128], [-127]], dtype=torch.int8).repeat(1, K)
+    ones = torch.ones(2 * T)
+    out = int8.int8_gemm(a, b, ones, torch.ones(3), None, torch.float32)
+    sums = torch.tensor([[127 * 127, -127 * 128, -127 * 127], [-128 * 127, 128 * 128, 128 * 127]] * T).double() * K
+    assert torch.equal(out, sums.float() * torch.tensor(1 / 16129))
     a = torch.zeros(1, K + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="int8_gemm: a_TK has K = 131073, expected at most 131072"):
         int8.int8_gemm(a, a, ones[:1], ones[:1], None, torch.float32)

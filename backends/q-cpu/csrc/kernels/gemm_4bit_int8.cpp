@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kMinSpan = 16;
+constexpr int64_t kMaxRepeats = kPackedWords * kWordBytes / kMaxSpan;
 constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 
 // Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
@@ -62,7 +63,7 @@ inline void decode_codes(const uint8_t* packed, int64_t first, int64_t count, co
 }
 
 inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int64_t rows, const float* sums) {
-  const float scale = a.x_absmax_T[token] / 127.0f;
+  const float scale = a.x_absmax_T[token] / 127.0f * a.book->unit;
   float out[kPackedRows];
   for (int64_t r = 0; r < rows; ++r) out[r] = sums[r] * scale;
   if (a.bias_N) {
@@ -104,12 +105,11 @@ __attribute__((noinline)) void add_blocks(const Gemm4bitInt8& a, const int8_t* x
                                           Vector* sums) {
   const int shift = log2_of(a.blocksize);
   const int64_t blocksize = a.blocksize, x_stride = a.K;
-  const float unit = a.book->unit;
   const float* scale = a.absmax + (first >> shift);
   Vector totals[Tokens];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) totals[t] = sums[t];
-  const auto add = [&](int64_t i, int64_t count) { add_block<Tokens>(x + i, x_stride, w + i, count, *scale++ * unit, totals); };
+  const auto add = [&](int64_t i, int64_t count) { add_block<Tokens>(x + i, x_stride, w + i, count, *scale++, totals); };
   const int64_t begun = first & (blocksize - 1);
   int64_t i = 0;
   if (begun) add(0, i = smaller(blocksize - begun, width));
@@ -172,7 +172,7 @@ void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
 // apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
 template <int Tokens>
 __attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int64_t words, const int32_t* span_sums, int64_t spans,
-                                        const float* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
+                                        const uint32_t* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
   Integers tile[Tokens][kTileVectors];
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
@@ -183,7 +183,7 @@ __attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int
   dot_words<Int8Dots, Tokens>(x, panel, words, ahead, tile);
 #pragma GCC unroll 4
   for (int v = 0; v < kTileVectors; ++v) {
-    const Vector scale = load_vector(scales + v * kLanes);
+    const Vector scale = reinterpret_cast<Vector>(load_words(scales + v * kLanes));
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       float* sum = sums[t] + v * kLanes;
@@ -201,7 +201,7 @@ struct Gemm4bitInt8Product {
 
   const Gemm4bitInt8& a;
   const BiasedBook book;
-  alignas(64) float scales[kPackedWords * kWordBytes / kMinSpan][kPackedRows];  // of the panel's spans
+  alignas(64) uint32_t scales[kPackedWords * kWordBytes / kMinSpan * kPackedRows];  // bits of the absmax of the panel's spans and rows
 
   void begin_tokens(int64_t, int64_t) {}
 
@@ -209,11 +209,20 @@ struct Gemm4bitInt8Product {
   int64_t row_stride() const { return a.K / 2; }
 
   void begin_features(int64_t row, int64_t rows, int64_t k, int64_t width) {
-    const int spans_shift = log2_of(a.blocksize / a.span);
     const int64_t spans = width >> log2_of(a.span);
-    for (int64_t r = 0; r < kPackedRows; ++r) {
-      const int64_t first = ((row + smaller(r, rows - 1)) * a.K + k) >> log2_of(a.span);
-      for (int64_t i = 0; i < spans; ++i) scales[i][r] = a.absmax[(first + i) >> spans_shift] * a.book->unit;
+    const int shift = log2_of(a.blocksize);
+    for (int64_t strip = 0; strip < rows; strip += kLanes) {
+      Rows at;
+      uint32_t repeated[kLanes][kMaxRepeats];
+      for (int r = 0; r < kLanes; ++r) {
+        const float* absmax = a.absmax + (((row + smaller(strip + r, rows - 1)) * a.K + k) >> shift);
+        at.at[r] = reinterpret_cast<const char*>(absmax);
+        if (a.span == a.blocksize) continue;
+        // Spans of one block, or of the two that a panel may touch.
+        for (int64_t i = 0; i < spans; ++i) memcpy(&repeated[r][i], absmax + ((k + i * a.span) >> shift) - (k >> shift), sizeof(float));
+        at.at[r] = reinterpret_cast<const char*>(repeated[r]);
+      }
+      pack_rows(at, spans, 0, scales + strip);
     }
   }
 
@@ -239,7 +248,7 @@ struct Gemm4bitInt8Product {
     const int64_t spans = a.K >> log2_of(a.span);
     for (int64_t i = 0; i < width >> log2_of(a.span); ++i) {
       const int32_t* span_sums = a.span_sums + token * spans + (k >> log2_of(a.span)) + i;
-      add_span<Tokens>(x, panel, words, span_sums, spans, scales[i] + row, ahead, sums);
+      add_span<Tokens>(x, panel, words, span_sums, spans, scales + i * kPackedRows + row, ahead, sums);
       x.first += words * static_cast<int64_t>(sizeof(uint32_t));
       panel += words * kPackedRows;
     }

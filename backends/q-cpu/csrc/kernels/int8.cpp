@@ -23,7 +23,12 @@ inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t
   const float token_scale = a.a_scale_T[token];
   const float* scales = a.b_scale_N + row;
   float out[kPackedRows];
-  for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<float>(sums[r] - bias) * (token_scale * scales[r] * kInverse);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[r]) - static_cast<uint32_t>(bias));
+    // 131,072 products of -128 with -128 are the one sum that wraps around, and no other sum is as low.
+    const float exact = sum == INT32_MIN ? 0x1p31f : static_cast<float>(sum);
+    out[r] = exact * (token_scale * scales[r] * kInverse);
+  }
   if (a.bias_N) {
     for (int64_t r = 0; r < rows; ++r) out[r] += a.bias_N[row + r];
   }

@@ -6,6 +6,10 @@
 
 #include "int8.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "word_tile.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -28,6 +32,12 @@ inline Vector to_floats(const int8_t* from) {
 #elif defined(__AVX2__)
   return reinterpret_cast<Vector>(
       _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__SSE2__)
+  int32_t four;
+  memcpy(&four, from, sizeof four);
+  const __m128i bytes = _mm_cvtsi32_si128(four);
+  const __m128i pairs = _mm_unpacklo_epi8(bytes, bytes);
+  return reinterpret_cast<Vector>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24)));
 #else
   return Vector{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]), static_cast<float>(from[3])};
 #endif
