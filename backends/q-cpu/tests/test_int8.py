@@ -153,7 +153,9 @@ FORMATS = [(name, blocksize) for name, book in FOUR_BIT_BOOKS.items() for blocks
 @pytest.mark.parametrize(("quant_type", "blocksize"), FORMATS)
 def test_gemm_4bit_of_every_format(quant_type, blocksize, dtype):
     for T in (1, 3, 4, 5, 6, 7, 13):
-        assert_rounds_as_promised(four_bit_call(T, 67, blocksize if blocksize > 512 else 3 * blocksize, dtype, quant_type, blocksize))
+        assert_rounds_as_promised(
+            four_bit_call(T, 67, blocksize if blocksize > 512 else 3 * blocksize, dtype, quant_type, blocksize)
+        )
 
 
 @given(

@@ -1,12 +1,11 @@
 // Matrix products of int8 rows with 4-bit weights, for gemm_4bit with activations="int8".
 //
-// The values of the code book are integers here (Int8Book), so the dot product of what shares a scale is an exact integer; it is scaled
-// by the block's absmax and summed in float32. Few tokens, and blocks that straddle rows: one weight row at a time, decoded as it
-// is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits depend on
-// whether its call has more than kFewTokens; within each they depend on nothing.
+// The values of the code book are integers here (Int8Book), so the dot product of what shares a scale is an exact integer; it is
+// scaled by the block's absmax and summed in float32. Few tokens, and blocks that straddle rows: one weight row at a time, decoded
+// as it is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits
+// depend on whether its call has more than kFewTokens; within each they depend on nothing.
 
 #include "int8.h"
-
 #include "int8_dots.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -14,7 +13,7 @@ namespace {
 
 constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kMinSpan = 16;
+constexpr int64_t kMaxSpans = kPackedWords * kWordBytes / kMinBlocksize;  // in a panel
 constexpr int64_t kMaxRepeats = kPackedWords * kWordBytes / kMaxSpan;
 constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 
@@ -98,8 +97,8 @@ inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_
     sums[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + scale, sums[t]);
 }
 
-// Adds the products of the decoded weights first…first + width with Tokens tokens; each block, or what of it was decoded, has its scale.
-// Not inlined: the compiler would run out of registers for addresses.
+// Adds the products of the decoded weights first…first + width with Tokens tokens; each block, or what of it was decoded, has its
+// scale. Not inlined: the compiler would run out of registers for addresses.
 template <int Tokens>
 __attribute__((noinline)) void add_blocks(const Gemm4bitInt8& a, const int8_t* x, int64_t first, const int8_t* w, int64_t width,
                                           Vector* sums) {
@@ -168,8 +167,8 @@ void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
   }
 }
 
-// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens, `spans`
-// apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
+// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens,
+// `spans` apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
 template <int Tokens>
 __attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int64_t words, const int32_t* span_sums, int64_t spans,
                                         const uint32_t* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
@@ -201,7 +200,7 @@ struct Gemm4bitInt8Product {
 
   const Gemm4bitInt8& a;
   const BiasedBook book;
-  alignas(64) uint32_t scales[kPackedWords * kWordBytes / kMinSpan * kPackedRows];  // bits of the absmax of the panel's spans and rows
+  alignas(64) uint32_t scales[kMaxSpans * kPackedRows];  // bits of the absmax of the panel's spans and rows
 
   void begin_tokens(int64_t, int64_t) {}
 
@@ -219,7 +218,8 @@ struct Gemm4bitInt8Product {
         at.at[r] = reinterpret_cast<const char*>(absmax);
         if (a.span == a.blocksize) continue;
         // Spans of one block, or of the two that a panel may touch.
-        for (int64_t i = 0; i < spans; ++i) memcpy(&repeated[r][i], absmax + ((k + i * a.span) >> shift) - (k >> shift), sizeof(float));
+        for (int64_t i = 0; i < spans; ++i)
+          memcpy(&repeated[r][i], absmax + ((k + i * a.span) >> shift) - (k >> shift), sizeof(float));
         at.at[r] = reinterpret_cast<const char*>(repeated[r]);
       }
       pack_rows(at, spans, 0, scales + strip);
@@ -243,7 +243,8 @@ struct Gemm4bitInt8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead,
+           Sum (*sums)[kPackedRows]) const {
     const int64_t words = a.span / kWordBytes;
     const int64_t spans = a.K >> log2_of(a.span);
     for (int64_t i = 0; i < width >> log2_of(a.span); ++i) {

@@ -1,6 +1,7 @@
 // Matrix products of int8 rows with int8 rows. Sums are exact, so neither the order nor the kernel makes a difference.
 //
-// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register tiles.
+// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register
+// tiles.
 
 #include "int8.h"
 
@@ -97,7 +98,8 @@ struct Int8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead,
+           Sum (*sums)[kPackedRows]) const {
     add_products<Int8Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, ahead, sums);
   }
 

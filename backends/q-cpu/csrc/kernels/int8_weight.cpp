@@ -15,10 +15,10 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kRowBlock = 32;        // rows whose outputs are written together
-constexpr int64_t kSumFeatures = 2048;   // summed apart, however many tokens there are
+constexpr int64_t kRowBlock = 32;       // rows whose outputs are written together
+constexpr int64_t kSumFeatures = 2048;  // summed apart, however many tokens there are
 constexpr int64_t kPrefetchBytes = 6144;
-constexpr int64_t kRowsAhead = 3;        // to fetch, where rows are read in parts
+constexpr int64_t kRowsAhead = 3;  // to fetch, where rows are read in parts
 #if defined(__AVX512F__)
 constexpr int kChains = 4;  // sums a token, so that additions needn't wait for each other
 #else
@@ -129,7 +129,8 @@ struct Bf16Dots {
 
 // Adds the products of `width` features, at most kSumFeatures, of one weight row to the sums of Tokens tokens.
 template <class Dots, int Tokens>
-inline void dot_part(const typename Dots::Activation* const (&x)[Tokens], int64_t first, const int8_t* w, int64_t width, int64_t ahead, Vector* sums) {
+inline void dot_part(const typename Dots::Activation* const (&x)[Tokens], int64_t first, const int8_t* w, int64_t width,
+                     int64_t ahead, Vector* sums) {
   constexpr int64_t kStep = Dots::kStep;
   Vector chains[Tokens][kChains] = {};
   int64_t k = 0;
