@@ -6,7 +6,7 @@
 // depend on whether its call has more than kFewTokens; within each they depend on nothing.
 
 #include "int8.h"
-#include "int8_dots.h"
+#include "int8_book.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
@@ -19,47 +19,6 @@ constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 
 // Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<uint64_t>(power_of_two)); }
-
-// The book as the dot products take weights: biased.
-struct BiasedBook {
-  alignas(16) int8_t values[16];
-
-  explicit BiasedBook(const Int8Book& book) {
-    for (int i = 0; i < 16; ++i) values[i] = static_cast<int8_t>(book.values[i] + kBias);
-  }
-};
-
-// Decodes codes first…first + count.
-inline void decode_codes(const uint8_t* packed, int64_t first, int64_t count, const BiasedBook& book, int8_t* __restrict out) {
-  int64_t i = 0;
-  if ((first & 1) && count > 0) {
-    out[0] = book.values[packed[first >> 1] & 15];
-    i = 1;
-  }
-  const uint8_t* bytes = packed + ((first + i) >> 1);
-  // A byte widened to 16 bits is split into its two codes in order, the high nibble first, by shifts in both directions.
-#if defined(__AVX512F__)
-  const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
-  for (; i + 64 <= count; i += 64, bytes += 32) {
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(wide, 4), _mm512_slli_epi16(wide, 8));
-    _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(values, _mm512_and_si512(codes, _mm512_set1_epi16(0x0f0f))));
-  }
-#elif defined(__AVX2__)
-  const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
-  for (; i + 32 <= count; i += 32, bytes += 16) {
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    const __m256i codes = _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8));
-    const __m256i decoded = _mm256_shuffle_epi8(values, _mm256_and_si256(codes, _mm256_set1_epi16(0x0f0f)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), decoded);
-  }
-#endif
-  for (; i + 2 <= count; i += 2, ++bytes) {
-    out[i] = book.values[*bytes >> 4];
-    out[i + 1] = book.values[*bytes & 15];
-  }
-  if (i < count) out[i] = book.values[*bytes >> 4];
-}
 
 inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int64_t rows, const float* sums) {
   const float scale = a.x_absmax_T[token] / 127.0f * a.book->unit;
@@ -122,9 +81,57 @@ __attribute__((noinline)) void add_blocks(const Gemm4bitInt8& a, const int8_t* x
   for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
 }
 
+#if defined(__AVX512F__)
+
+// One weight row of whole blocks, each of whole vectors, and Tokens tokens: decoded in registers.
+template <int Tokens>
+__attribute__((noinline)) void multiply_whole_blocks(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, const int8_t* x,
+                                                     Vector* sums) {
+  const __m512i values = _mm512_load_si512(book.values), zeros = biased(DotBytes{});
+  const int64_t K = a.K, blocksize = a.blocksize;
+  const uint8_t* packed = a.packed + row * K / 2;
+  const float* scale = a.absmax + ((row * K) >> log2_of(blocksize));
+  Vector totals[Tokens] = {};
+  for (int64_t k = 0; k < K; ++scale) {
+    Integers dots[Tokens] = {}, biases[Tokens] = {};
+    for (const int64_t end = k + blocksize; k < end; k += kDotBytes) {
+      __builtin_prefetch(packed + k / 2 + kPrefetchBytes);
+      const DotBytes w = decode_64(packed + k / 2, values);
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; ++t) {
+        const DotBytes token = load_bytes(x + t * K + k);
+        dots[t] = dot_add(dots[t], w, token);
+        biases[t] = dot_add(biases[t], zeros, token);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t)
+      totals[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + *scale, totals[t]);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
+}
+
+#endif
+
 // One weight row and a block of tokens.
 inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, int64_t token, int64_t tokens, Vector* sums) {
   alignas(64) int8_t w[kDecodedAtOnce];
+#if defined(__AVX512F__)
+  if (a.blocksize % kDotBytes == 0 && a.K % a.blocksize == 0 && tokens <= kFewTokens) {
+    const int8_t* x = a.x_TK + token * a.K;
+    switch (tokens) {
+      case 1:
+        return multiply_whole_blocks<1>(a, book, row, x, sums);
+      case 2:
+        return multiply_whole_blocks<2>(a, book, row, x, sums);
+      case 3:
+        return multiply_whole_blocks<3>(a, book, row, x, sums);
+      default:
+        return multiply_whole_blocks<4>(a, book, row, x, sums);
+    }
+  }
+#endif
   memset(sums, 0, static_cast<size_t>(tokens) * sizeof *sums);
   for (int64_t k = 0; k < a.K; k += kDecodedAtOnce) {
     const int64_t width = smaller(kDecodedAtOnce, a.K - k);
