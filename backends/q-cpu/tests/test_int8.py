@@ -48,14 +48,15 @@ def test_int8_gemm_is_exact(leading, N, K, dtype, bias_dtype, seed):
     assert torch.equal(out, int8_oracle(a, b, a_scale, b_scale, bias, dtype))
 
 
-def test_int8_gemm_holds_the_largest_sum():
+@pytest.mark.parametrize("T", [1, 5])
+def test_int8_gemm_holds_the_largest_sums(T):
     K = 131072
-    a = torch.full((1, K), 127, dtype=torch.int8)
-    b = torch.full((2, K), 127, dtype=torch.int8)
-    b[1] = -127
-    ones = torch.ones(2)
-    out = int8.int8_gemm(a, b, ones[:1], ones, None, torch.float32)
-    assert torch.equal(out, int8_oracle(a, b, ones[:1], ones, None, torch.float32))
+    a = torch.tensor([[127], [-128]] * T, dtype=torch.int8).repeat(1, K)
+    b = torch.tensor([[127], [-128], [-127]], dtype=torch.int8).repeat(1, K)
+    ones = torch.ones(2 * T)
+    out = int8.int8_gemm(a, b, ones, torch.ones(3), None, torch.float32)
+    sums = torch.tensor([[127 * 127, -127 * 128, -127 * 127], [-128 * 127, 128 * 128, 128 * 127]] * T).double() * K
+    assert torch.equal(out, sums.float() * torch.tensor(1 / 16129))
     a = torch.zeros(1, K + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="int8_gemm: a_TK has K = 131073, expected at most 131072"):
         int8.int8_gemm(a, a, ones[:1], ones[:1], None, torch.float32)
@@ -152,7 +153,9 @@ FORMATS = [(name, blocksize) for name, book in FOUR_BIT_BOOKS.items() for blocks
 @pytest.mark.parametrize(("quant_type", "blocksize"), FORMATS)
 def test_gemm_4bit_of_every_format(quant_type, blocksize, dtype):
     for T in (1, 3, 4, 5, 6, 7, 13):
-        assert_rounds_as_promised(four_bit_call(T, 67, blocksize if blocksize > 512 else 3 * blocksize, dtype, quant_type, blocksize))
+        assert_rounds_as_promised(
+            four_bit_call(T, 67, blocksize if blocksize > 512 else 3 * blocksize, dtype, quant_type, blocksize)
+        )
 
 
 @given(
@@ -202,15 +205,15 @@ def test_non_finite_values_stay_where_they_belong(T):
     assert torch.equal(out[tokens][:, rows], clean[tokens][:, rows])
 
 
-def test_a_token_gets_the_same_bits_among_few_and_among_many():
-    call = four_bit_call(140, 70, 1280, torch.float32, "nf4", 64)
-    weight = int8_weight_call(140, 70, 1280, torch.bfloat16, biased=True)
-    for ranges in (((0, 1), (0, 4), (2, 4)), ((0, 5), (0, 140), (1, 70))):
-        few = [(gemm.gemm_4bit(**call | {"x_TK": call["x_TK"][i:j]}), i, j) for i, j in ranges]
-        few += [(int8.gemm_int8_weight(**weight | {"x_TK": weight["x_TK"][i:j]}), i, j) for i, j in ranges]
-        for whole, parts in ((few[1], few[:3]), (few[4], few[3:])):
-            for part, i, j in parts:
-                assert torch.equal(part, whole[0][i:j])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_token_gets_the_same_bits_among_few_and_among_many(dtype):
+    four_bit = four_bit_call(140, 33, 4224, dtype, "nf4", 64)
+    weight = int8_weight_call(140, 33, 4224, dtype, biased=True)
+    for op, call in ((gemm.gemm_4bit, four_bit), (int8.gemm_int8_weight, weight)):
+        for whole, parts in (((0, 4), ((0, 1), (1, 3), (1, 4))), ((0, 140), ((0, 5), (1, 70), (133, 140)))):
+            expected = op(**call | {"x_TK": call["x_TK"][slice(*whole)]})
+            for i, j in parts:
+                assert torch.equal(op(**call | {"x_TK": call["x_TK"][i:j]}), expected[i:j])
 
 
 def test_other_dtypes_are_declined_in_words():

@@ -109,7 +109,8 @@ void gemm_4bit_int8(py::handle x, py::handle packed, py::handle absmax, int64_t 
   const auto row_absmax = uninitialized<float>(T);
   const auto outliers = uninitialized<uint8_t>(K);
   const auto span_sums = uninitialized<int32_t>(whole_blocks ? T * (K / span) : 0);
-  const QuantizeInt8Rowwise rows{tokens.data<const void>(), tokens.dtype(), T, K, 0.0f, codes.get(), row_absmax.get(), outliers.get()};
+  const QuantizeInt8Rowwise rows{tokens.data<const void>(), tokens.dtype(), T, K, 0.0f, codes.get(),
+                                 row_absmax.get(),          outliers.get()};
   const Gemm4bitInt8 args{
       codes.get(),
       row_absmax.get(),

@@ -1,67 +1,27 @@
 // Matrix products of int8 rows with 4-bit weights, for gemm_4bit with activations="int8".
 //
-// The values of the code book are integers here (Int8Book), so the dot product of what shares a scale is an exact integer; it is scaled
-// by the block's absmax and summed in float32. Few tokens, and blocks that straddle rows: one weight row at a time, decoded as it
-// is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits depend on
-// whether its call has more than kFewTokens; within each they depend on nothing.
+// The values of the code book are integers here (Int8Book), so the dot product of what shares a scale is an exact integer; it is
+// scaled by the block's absmax and summed in float32. Few tokens, and blocks that straddle rows: one weight row at a time, decoded
+// as it is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits
+// depend on whether its call has more than kFewTokens; within each they depend on nothing.
 
 #include "int8.h"
-
-#include "int8_dots.h"
+#include "int8_book.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kMinSpan = 16;
+constexpr int64_t kMaxSpans = kPackedWords * kWordBytes / kMinBlocksize;  // in a panel
+constexpr int64_t kMaxRepeats = kPackedWords * kWordBytes / kMaxSpan;
+constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 
 // Block sizes are powers of two, and a division by one that the compiler doesn't know costs as much as a block's products.
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<uint64_t>(power_of_two)); }
 
-// The book as the dot products take weights: biased.
-struct BiasedBook {
-  alignas(16) int8_t values[16];
-
-  explicit BiasedBook(const Int8Book& book) {
-    for (int i = 0; i < 16; ++i) values[i] = static_cast<int8_t>(book.values[i] + kBias);
-  }
-};
-
-// Decodes codes first…first + count.
-inline void decode_codes(const uint8_t* packed, int64_t first, int64_t count, const BiasedBook& book, int8_t* __restrict out) {
-  int64_t i = 0;
-  if ((first & 1) && count > 0) {
-    out[0] = book.values[packed[first >> 1] & 15];
-    i = 1;
-  }
-  const uint8_t* bytes = packed + ((first + i) >> 1);
-  // A byte widened to 16 bits is split into its two codes in order, the high nibble first, by shifts in both directions.
-#if defined(__AVX512F__)
-  const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
-  for (; i + 64 <= count; i += 64, bytes += 32) {
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(wide, 4), _mm512_slli_epi16(wide, 8));
-    _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(values, _mm512_and_si512(codes, _mm512_set1_epi16(0x0f0f))));
-  }
-#elif defined(__AVX2__)
-  const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(book.values)));
-  for (; i + 32 <= count; i += 32, bytes += 16) {
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    const __m256i codes = _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8));
-    const __m256i decoded = _mm256_shuffle_epi8(values, _mm256_and_si256(codes, _mm256_set1_epi16(0x0f0f)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), decoded);
-  }
-#endif
-  for (; i + 2 <= count; i += 2, ++bytes) {
-    out[i] = book.values[*bytes >> 4];
-    out[i + 1] = book.values[*bytes & 15];
-  }
-  if (i < count) out[i] = book.values[*bytes >> 4];
-}
-
 inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int64_t rows, const float* sums) {
-  const float scale = a.x_absmax_T[token] / 127.0f;
+  const float scale = a.x_absmax_T[token] / 127.0f * a.book->unit;
   float out[kPackedRows];
   for (int64_t r = 0; r < rows; ++r) out[r] = sums[r] * scale;
   if (a.bias_N) {
@@ -70,67 +30,129 @@ inline void write_outputs(const Gemm4bitInt8& a, int64_t token, int64_t row, int
   store(out, rows, a.out_TN, a.dtype, token * a.N + row);
 }
 
-// Adds the scaled dot product of `count` biased weights to the sums of Tokens tokens.
+// Adds the scaled dot product of `count` biased weights, which share a scale, to the sums of Tokens tokens.
 template <int Tokens>
-inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
+inline void add_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector (&sums)[Tokens]) {
   Integers dots[Tokens] = {};
   Integers biases[Tokens] = {};
   const DotBytes zeros = biased(DotBytes{});
+  const auto add = [&](int t, DotBytes row, DotBytes token) {
+    dots[t] = dot_add(dots[t], row, token);
+    if (kBias) biases[t] = dot_add(biases[t], zeros, token);
+  };
   int64_t k = 0;
   for (; k + kDotBytes <= count; k += kDotBytes) {
     const DotBytes row = load_bytes(w + k);
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-      const DotBytes token = load_bytes(x + t * x_stride + k);
-      dots[t] = dot_add(dots[t], row, token);
-      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
-    }
+    for (int t = 0; t < Tokens; ++t) add(t, row, load_bytes(x + t * x_stride + k));
   }
   if (k < count) {
     const DotBytes row = load_bytes(w + k, count - k);
-    for (int t = 0; t < Tokens; ++t) {
-      const DotBytes token = load_bytes(x + t * x_stride + k, count - k);
-      dots[t] = dot_add(dots[t], row, token);
-      if (kBias) biases[t] = dot_add(biases[t], zeros, token);
-    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) add(t, row, load_bytes(x + t * x_stride + k, count - k));
   }
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t)
     sums[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + scale, sums[t]);
 }
 
-inline void add_block(int64_t tokens, const int8_t* x, int64_t x_stride, const int8_t* w, int64_t count, float scale, Vector* sums) {
-  switch (tokens) {
-    case 1:
-      return add_block<1>(x, x_stride, w, count, scale, sums);
-    case 2:
-      return add_block<2>(x, x_stride, w, count, scale, sums);
-    case 3:
-      return add_block<3>(x, x_stride, w, count, scale, sums);
-    default:
-      return add_block<4>(x, x_stride, w, count, scale, sums);
+// Adds the products of the decoded weights first…first + width with Tokens tokens; each block, or what of it was decoded, has its
+// scale. Not inlined: the compiler would run out of registers for addresses.
+template <int Tokens>
+__attribute__((noinline)) void add_blocks(const Gemm4bitInt8& a, const int8_t* x, int64_t first, const int8_t* w, int64_t width,
+                                          Vector* sums) {
+  const int shift = log2_of(a.blocksize);
+  const int64_t blocksize = a.blocksize, x_stride = a.K;
+  const float* scale = a.absmax + (first >> shift);
+  Vector totals[Tokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) totals[t] = sums[t];
+  const auto add = [&](int64_t i, int64_t count) { add_block<Tokens>(x + i, x_stride, w + i, count, *scale++, totals); };
+  const int64_t begun = first & (blocksize - 1);
+  int64_t i = 0;
+  if (begun) add(0, i = smaller(blocksize - begun, width));
+  if (blocksize == kDotBytes) {
+    for (; i + kDotBytes <= width; i += kDotBytes) add(i, kDotBytes);
+  } else {
+    for (; i + blocksize <= width; i += blocksize) add(i, blocksize);
   }
+  if (i < width) add(i, width - i);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
 }
 
-// One weight row and a block of tokens: each block of weights, or what of it lies in the row and was decoded, has its scale.
+#if defined(__AVX512F__)
+
+// One weight row of whole blocks, each of whole vectors, and Tokens tokens: decoded in registers.
+template <int Tokens>
+__attribute__((noinline)) void multiply_whole_blocks(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, const int8_t* x,
+                                                     Vector* sums) {
+  const __m512i values = _mm512_load_si512(book.values), zeros = biased(DotBytes{});
+  const int64_t K = a.K, blocksize = a.blocksize;
+  const uint8_t* packed = a.packed + row * K / 2;
+  const float* scale = a.absmax + ((row * K) >> log2_of(blocksize));
+  Vector totals[Tokens] = {};
+  for (int64_t k = 0; k < K; ++scale) {
+    Integers dots[Tokens] = {}, biases[Tokens] = {};
+    for (const int64_t end = k + blocksize; k < end; k += kDotBytes) {
+      __builtin_prefetch(packed + k / 2 + kPrefetchBytes);
+      const DotBytes w = decode_64(packed + k / 2, values);
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; ++t) {
+        const DotBytes token = load_bytes(x + t * K + k);
+        dots[t] = dot_add(dots[t], w, token);
+        biases[t] = dot_add(biases[t], zeros, token);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t)
+      totals[t] = multiply_add(__builtin_convertvector(dots[t] - biases[t], Vector), Vector{} + *scale, totals[t]);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) sums[t] = totals[t];
+}
+
+#endif
+
+// One weight row and a block of tokens.
 inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t row, int64_t token, int64_t tokens, Vector* sums) {
   alignas(64) int8_t w[kDecodedAtOnce];
-  const int shift = log2_of(a.blocksize);
+#if defined(__AVX512F__)
+  if (a.blocksize % kDotBytes == 0 && a.K % a.blocksize == 0 && tokens <= kFewTokens) {
+    const int8_t* x = a.x_TK + token * a.K;
+    switch (tokens) {
+      case 1:
+        return multiply_whole_blocks<1>(a, book, row, x, sums);
+      case 2:
+        return multiply_whole_blocks<2>(a, book, row, x, sums);
+      case 3:
+        return multiply_whole_blocks<3>(a, book, row, x, sums);
+      default:
+        return multiply_whole_blocks<4>(a, book, row, x, sums);
+    }
+  }
+#endif
   memset(sums, 0, static_cast<size_t>(tokens) * sizeof *sums);
   for (int64_t k = 0; k < a.K; k += kDecodedAtOnce) {
     const int64_t width = smaller(kDecodedAtOnce, a.K - k);
     const int64_t first = row * a.K + k;
-    for (int64_t i = 0; i < width; i += 128) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
+    for (int64_t i = 0; i < width; i += 2 * kLineBytes) __builtin_prefetch(a.packed + (first + i) / 2 + kPrefetchBytes);
     decode_codes(a.packed, first, width, book, w);
-    for (int64_t i = 0; i < width;) {
-      const int64_t block = (first + i) >> shift;
-      const int64_t part = smaller(((block + 1) << shift) - (first + i), width - i);
-      const float scale = a.absmax[block] * a.book->unit;
-      for (int64_t t = 0; t < tokens; t += 4) {
-        const int8_t* x = a.x_TK + (token + t) * a.K + k + i;
-        add_block(smaller(4, tokens - t), x, a.K, w + i, part, scale, sums + t);
+    for (int64_t t = 0; t < tokens; t += 4) {
+      const int8_t* x = a.x_TK + (token + t) * a.K + k;
+      switch (tokens - t) {
+        case 1:
+          add_blocks<1>(a, x, first, w, width, sums + t);
+          break;
+        case 2:
+          add_blocks<2>(a, x, first, w, width, sums + t);
+          break;
+        case 3:
+          add_blocks<3>(a, x, first, w, width, sums + t);
+          break;
+        default:
+          add_blocks<4>(a, x, first, w, width, sums + t);
       }
-      i += part;
     }
   }
 }
@@ -138,23 +160,25 @@ inline void multiply_row(const Gemm4bitInt8& a, const BiasedBook& book, int64_t 
 void multiply_rows(const Gemm4bitInt8& a, int64_t first, int64_t last) {
   const BiasedBook book(*a.book);
   alignas(64) Vector sums[kBlockTokens];
+  float totals[kBlockTokens][kRowBlock];
   for (int64_t token = 0; token < a.T; token += kBlockTokens) {
     const int64_t tokens = smaller(kBlockTokens, a.T - token);
-    for (int64_t row = first; row < last; ++row) {
-      multiply_row(a, book, row, token, tokens, sums);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float sum = sum_lanes(sums[t]);
-        write_outputs(a, token + t, row, 1, &sum);
+    for (int64_t block = first; block < last; block += kRowBlock) {
+      const int64_t rows = smaller(kRowBlock, last - block);
+      for (int64_t r = 0; r < rows; ++r) {
+        multiply_row(a, book, block + r, token, tokens, sums);
+        for (int64_t t = 0; t < tokens; ++t) totals[t][r] = sum_across(sums[t]);
       }
+      for (int64_t t = 0; t < tokens; ++t) write_outputs(a, token + t, block, rows, totals[t]);
     }
   }
 }
 
-// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens, `spans`
-// apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
+// Adds the scaled products of one span to the sums of Tokens tokens and kTileRows rows. `span_sums` are those of the tokens,
+// `spans` apart. Not inlined, because the compiler would keep float sums of all spans in registers that the integer ones need.
 template <int Tokens>
 __attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int64_t words, const int32_t* span_sums, int64_t spans,
-                                        const float* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
+                                        const uint32_t* scales, Ahead& ahead, float (*sums)[kPackedRows]) {
   Integers tile[Tokens][kTileVectors];
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
@@ -165,7 +189,7 @@ __attribute__((noinline)) void add_span(TokenWords x, const uint32_t* panel, int
   dot_words<Int8Dots, Tokens>(x, panel, words, ahead, tile);
 #pragma GCC unroll 4
   for (int v = 0; v < kTileVectors; ++v) {
-    const Vector scale = load_vector(scales + v * kLanes);
+    const Vector scale = reinterpret_cast<Vector>(load_words(scales + v * kLanes));
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       float* sum = sums[t] + v * kLanes;
@@ -183,7 +207,7 @@ struct Gemm4bitInt8Product {
 
   const Gemm4bitInt8& a;
   const BiasedBook book;
-  alignas(64) float scales[kPackedWords * kWordBytes / kMinSpan][kPackedRows];  // of the panel's spans
+  alignas(64) uint32_t scales[kMaxSpans * kPackedRows];  // bits of the absmax of the panel's spans and rows
 
   void begin_tokens(int64_t, int64_t) {}
 
@@ -191,11 +215,21 @@ struct Gemm4bitInt8Product {
   int64_t row_stride() const { return a.K / 2; }
 
   void begin_features(int64_t row, int64_t rows, int64_t k, int64_t width) {
-    const int spans_shift = log2_of(a.blocksize / a.span);
     const int64_t spans = width >> log2_of(a.span);
-    for (int64_t r = 0; r < kPackedRows; ++r) {
-      const int64_t first = ((row + smaller(r, rows - 1)) * a.K + k) >> log2_of(a.span);
-      for (int64_t i = 0; i < spans; ++i) scales[i][r] = a.absmax[(first + i) >> spans_shift] * a.book->unit;
+    const int shift = log2_of(a.blocksize);
+    for (int64_t strip = 0; strip < rows; strip += kLanes) {
+      Rows at;
+      uint32_t repeated[kLanes][kMaxRepeats];
+      for (int r = 0; r < kLanes; ++r) {
+        const float* absmax = a.absmax + (((row + smaller(strip + r, rows - 1)) * a.K + k) >> shift);
+        at.at[r] = reinterpret_cast<const char*>(absmax);
+        if (a.span == a.blocksize) continue;
+        // Spans of one block, or of the two that a panel may touch.
+        for (int64_t i = 0; i < spans; ++i)
+          memcpy(&repeated[r][i], absmax + ((k + i * a.span) >> shift) - (k >> shift), sizeof(float));
+        at.at[r] = reinterpret_cast<const char*>(repeated[r]);
+      }
+      pack_rows(at, spans, 0, scales + strip);
     }
   }
 
@@ -216,12 +250,13 @@ struct Gemm4bitInt8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+  void add(TokenWords x, int64_t token, int64_t k, int64_t width, int64_t row, const uint32_t* panel, Ahead& ahead,
+           Sum (*sums)[kPackedRows]) const {
     const int64_t words = a.span / kWordBytes;
     const int64_t spans = a.K >> log2_of(a.span);
     for (int64_t i = 0; i < width >> log2_of(a.span); ++i) {
       const int32_t* span_sums = a.span_sums + token * spans + (k >> log2_of(a.span)) + i;
-      add_span<Tokens>(x, panel, words, span_sums, spans, scales[i] + row, ahead, sums);
+      add_span<Tokens>(x, panel, words, span_sums, spans, scales + i * kPackedRows + row, ahead, sums);
       x.first += words * static_cast<int64_t>(sizeof(uint32_t));
       panel += words * kPackedRows;
     }

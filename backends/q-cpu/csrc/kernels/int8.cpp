@@ -1,6 +1,7 @@
 // Matrix products of int8 rows with int8 rows. Sums are exact, so neither the order nor the kernel makes a difference.
 //
-// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register tiles.
+// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register
+// tiles.
 
 #include "int8.h"
 
@@ -14,8 +15,8 @@ void sum_spans(const Gemm4bitInt8& a, int64_t first, int64_t last);
 
 namespace {
 
-constexpr int kRowsAtOnce = 4;
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 6144;
+constexpr int64_t kRowBlock = 32;  // rows whose outputs are written together
 
 // Writes `rows` (up to kPackedRows) outputs of a token from their sums.
 inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t rows, const int32_t* sums, int32_t bias) {
@@ -23,55 +24,48 @@ inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t
   const float token_scale = a.a_scale_T[token];
   const float* scales = a.b_scale_N + row;
   float out[kPackedRows];
-  for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<float>(sums[r] - bias) * (token_scale * scales[r] * kInverse);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[r]) - static_cast<uint32_t>(bias));
+    // 131,072 products of -128 with -128 are the one sum that wraps around, and no other sum is as low.
+    const float exact = sum == INT32_MIN ? 0x1p31f : static_cast<float>(sum);
+    out[r] = exact * (token_scale * scales[r] * kInverse);
+  }
   if (a.bias_N) {
     for (int64_t r = 0; r < rows; ++r) out[r] += a.bias_N[row + r];
   }
   store(out, rows, a.out_TN, a.dtype, token * a.N + row);
 }
 
-// The dot products of Tokens tokens and kRowsAtOnce rows; `next` is what to prefetch meanwhile.
+// One row at a time: memory is read in order, which is as fast as it gets.
 template <int Tokens>
-inline void dot_rows(const int8_t* x, const int8_t* const (&w)[kRowsAtOnce], int64_t K, const int8_t* next,
-                     Integers (&sums)[kRowsAtOnce][Tokens]) {
+inline void dot_row(const Int8Gemm& a, const int8_t* w, Integers (&sums)[Tokens]) {
   int64_t k = 0;
-  for (; k + kDotBytes <= K; k += kDotBytes) {
-    DotBytes rows[kRowsAtOnce];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      __builtin_prefetch(next + kRowsAtOnce * k + r * kDotBytes);
-      rows[r] = biased(load_bytes(w[r] + k));
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-      const DotBytes token = load_bytes(x + t * K + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = dot_add(sums[r][t], rows[r], token);
-    }
+  for (; k + kDotBytes <= a.K; k += kDotBytes) {
+    __builtin_prefetch(w + k + kPrefetchBytes);
+    const DotBytes weights = biased(load_bytes(w + k));
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) sums[t] = dot_add(sums[t], weights, load_bytes(a.a_TK + t * a.K + k));
   }
-  if (k == K) return;
-  for (int t = 0; t < Tokens; ++t) {
-    const DotBytes token = load_bytes(x + t * K + k, K - k);
-    for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = dot_add(sums[r][t], biased(load_bytes(w[r] + k, K - k)), token);
-  }
+  if (k == a.K) return;
+  const DotBytes weights = biased(load_bytes(w + k, a.K - k));
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) sums[t] = dot_add(sums[t], weights, load_bytes(a.a_TK + t * a.K + k, a.K - k));
 }
 
 template <int Tokens>
 void few_tokens(const Int8Gemm& a, int64_t first, int64_t last) {
   int32_t biases[Tokens];
   for (int t = 0; t < Tokens; ++t) biases[t] = bias_of(a.a_TK + t * a.K, a.K);
-  const int64_t ahead = kRowsAtOnce * a.K > kPrefetchBytes ? kRowsAtOnce * a.K : kPrefetchBytes;
-  for (int64_t row = first; row < last; row += kRowsAtOnce) {
-    const int64_t rows = smaller(kRowsAtOnce, last - row);
-    const int8_t* w[kRowsAtOnce];
-    for (int r = 0; r < kRowsAtOnce; ++r) w[r] = a.b_NK + (row + smaller(r, rows - 1)) * a.K;
-    Integers sums[kRowsAtOnce][Tokens] = {};
-    dot_rows<Tokens>(a.a_TK, w, a.K, w[0] + ahead, sums);
-    for (int t = 0; t < Tokens; ++t) {
-      int32_t totals[kRowsAtOnce];
-      for (int r = 0; r < kRowsAtOnce; ++r) totals[r] = sum_integers(sums[r][t]);
-      write_outputs(a, t, row, rows, totals, biases[t]);
+  for (int64_t block = first; block < last; block += kRowBlock) {
+    const int64_t rows = smaller(kRowBlock, last - block);
+    int32_t totals[Tokens][kRowBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+      Integers sums[Tokens] = {};
+      dot_row<Tokens>(a, a.b_NK + (block + r) * a.K, sums);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) totals[t][r] = sum_across(sums[t]);
     }
+    for (int t = 0; t < Tokens; ++t) write_outputs(a, t, block, rows, totals[t], biases[t]);
   }
 }
 
@@ -104,7 +98,8 @@ struct Int8Product {
   }
 
   template <int Tokens>
-  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead, Sum (*sums)[kPackedRows]) const {
+  void add(TokenWords x, int64_t, int64_t, int64_t width, int64_t, const uint32_t* panel, Ahead& ahead,
+           Sum (*sums)[kPackedRows]) const {
     add_products<Int8Dots, Tokens>(x, panel, (width + kWordValues - 1) / kWordValues, ahead, sums);
   }
 
@@ -114,7 +109,6 @@ struct Int8Product {
 };
 
 void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
-  static_assert(kFewTokens == 4);
   switch (a.T) {
     case 1:
       return few_tokens<1>(a, first, last);
@@ -124,6 +118,16 @@ void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
       return few_tokens<3>(a, first, last);
     case 4:
       return few_tokens<4>(a, first, last);
+#if defined(__AVX512VNNI__)
+    case 5:
+      return few_tokens<5>(a, first, last);
+    case 6:
+      return few_tokens<6>(a, first, last);
+    case 7:
+      return few_tokens<7>(a, first, last);
+    case 8:
+      return few_tokens<8>(a, first, last);
+#endif
     default:
       Int8Product product{a, 0, {}};
       return multiply_panels(product, a.T, a.K, first, last);

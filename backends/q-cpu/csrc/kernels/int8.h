@@ -50,7 +50,7 @@ struct Gemm4bitInt8 {
   const float* absmax;
   const Int8Book* book;
   int64_t blocksize;
-  int64_t span;  // the blocksize, or a part of it
+  int64_t span;         // the blocksize, or a part of it
   const float* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;

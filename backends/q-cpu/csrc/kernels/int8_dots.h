@@ -1,7 +1,7 @@
 // Dot products of int8, exact at every level: along two rows, or word by word in tiles.
 //
-// AVX-512 VNNI multiplies unsigned with signed bytes. Weights are taken as w + kBias, which is w xor 0x80 read as unsigned, so that a
-// dot product is too large by kBias times the sum of the other row. Without VNNI bytes are widened to int16 first, because the
+// AVX-512 VNNI multiplies unsigned with signed bytes. Weights are taken as w + kBias, which is w xor 0x80 read as unsigned, so that
+// a dot product is too large by kBias times the sum of the other row. Without VNNI bytes are widened to int16 first, because the
 // instruction on bytes would saturate, and the bias is 0. Sums wrap around, so they are right wherever the result fits int32.
 
 #pragma once
@@ -57,7 +57,9 @@ constexpr int64_t kWordBytes = 2;
 
 #if defined(__AVX2__)
 typedef __m256i DotBytes;
-inline DotBytes widened(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+inline DotBytes widened(const int8_t* from) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 inline Integers add_pairs(Integers sums, __m256i a, __m256i b) {
   return sums + reinterpret_cast<Integers>(_mm256_madd_epi16(a, b));
 }
@@ -67,9 +69,7 @@ inline DotBytes widened(const int8_t* from) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
 }
-inline Integers add_pairs(Integers sums, __m128i a, __m128i b) {
-  return sums + reinterpret_cast<Integers>(_mm_madd_epi16(a, b));
-}
+inline Integers add_pairs(Integers sums, __m128i a, __m128i b) { return sums + reinterpret_cast<Integers>(_mm_madd_epi16(a, b)); }
 #else
 typedef int16_t DotBytes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 inline DotBytes widened(const int8_t* from) {
@@ -133,16 +133,6 @@ inline TokenWords int8_tokens(const int8_t* x, int64_t stride, int64_t tokens, i
   return {reinterpret_cast<const char*>(buffer), kPackedWords * static_cast<int64_t>(sizeof(uint32_t))};
 }
 
-// Sum of the lanes, halves onto halves.
-inline int32_t sum_integers(Integers v) {
-  int32_t lanes[kLanes];
-  memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 // What a bias adds to the dot products of this row: kBias times its sum.
 inline int32_t bias_of(const int8_t* x, int64_t count) {
   if (kBias == 0) return 0;
@@ -151,7 +141,7 @@ inline int32_t bias_of(const int8_t* x, int64_t count) {
   int64_t i = 0;
   for (; i + kDotBytes <= count; i += kDotBytes) sums = dot_add(sums, zeros, load_bytes(x + i));
   if (i < count) sums = dot_add(sums, zeros, load_bytes(x + i, count - i));
-  return sum_integers(sums);
+  return sum_across(sums);
 }
 
 }  // namespace

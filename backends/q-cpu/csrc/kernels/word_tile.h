@@ -1,8 +1,8 @@
 // Register tiles on 32-bit words, for products of many tokens.
 //
-// A word is what one lane of a dot instruction takes of a row: four int8, two int16 or bfloat16, one float32. A panel holds words of
-// kPackedRows weight rows, transposed so that a vector has one word of each of kLanes rows; a token's word is broadcast against it.
-// So a lane's sum belongs to one row: nothing is summed across lanes, and scales and biases of rows come as vectors.
+// A word is what one lane of a dot instruction takes of a row: four int8, two int16 or bfloat16, one float32. A panel holds words
+// of kPackedRows weight rows, transposed so that a vector has one word of each of kLanes rows; a token's word is broadcast against
+// it. So a lane's sum belongs to one row: nothing is summed across lanes, and scales and biases of rows come as vectors.
 
 #pragma once
 
@@ -37,6 +37,24 @@ inline Words load_words(const uint32_t* from) {
 }
 
 inline void store_words(Words v, uint32_t* to) { memcpy(to, &v, sizeof v); }
+
+// Sum of the lanes, halves onto halves: the order of sum_lanes, without a detour through memory.
+template <class Lanes>
+inline auto sum_across(Lanes v) {
+#if defined(__AVX512F__)
+  const auto halves =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto halves = v;
+#endif
+#if defined(__AVX2__)
+  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
+#else
+  const auto quarters = halves;
+#endif
+  const auto pairs = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1);
+  return pairs[0] + pairs[1];
+}
 
 // Where the words of kLanes rows begin.
 struct Rows {
@@ -115,8 +133,8 @@ struct Ahead {
   }
 };
 
-// sums[t][v] += the products of `words` words of Tokens tokens and of the rows in vectors v of the panel. `Dots` says which products:
-// Dots::add(sums, rows, token) of a vector of sums and two vectors of words.
+// sums[t][v] += the products of `words` words of Tokens tokens and of the rows in vectors v of the panel. `Dots` says which
+// products: Dots::add(sums, rows, token) of a vector of sums and two vectors of words.
 template <class Dots, int Tokens>
 inline void dot_words(TokenWords x, const uint32_t* panel, int64_t words, Ahead& ahead,
                       typename Dots::Sums (&sums)[Tokens][kTileVectors]) {
@@ -204,7 +222,8 @@ struct PanelTiles {
 
 // Rows beyond `rows` repeat the last, and nobody reads their sums.
 template <class Product>
-inline void pack_panel(const Product& product, int64_t row, int64_t rows, int64_t k, int64_t width, uint32_t* buffer, uint32_t* panel) {
+inline void pack_panel(const Product& product, int64_t row, int64_t rows, int64_t k, int64_t width, uint32_t* buffer,
+                       uint32_t* panel) {
   const int64_t words = (width + Product::kWordValues - 1) / Product::kWordValues;
   for (int64_t strip = 0; strip < rows; strip += kLanes) {
     Rows at;
@@ -232,7 +251,8 @@ inline void multiply_panels(Product& product, int64_t T, int64_t K, int64_t firs
         product.begin_features(row, rows, k, width);
         pack_panel(product, row, rows, k, width, buffer, panel);
         const bool more = k + kPackedK < K;
-        const Ahead ahead{product.row_at(more ? row : row + kPackedRows, more ? k + kPackedK : 0), product.row_stride(), kPackedK * Product::kRowBits / (8 * kLineBytes), tokens > 2 * kTileTokens ? 2 : 4};
+        const Ahead ahead{product.row_at(more ? row : row + kPackedRows, more ? k + kPackedK : 0), product.row_stride(),
+                          kPackedK * Product::kRowBits / (8 * kLineBytes), tokens > 2 * kTileTokens ? 2 : 4};
         PanelTiles<Product>{product, panel, token, rows, k, width, sums, buffer, ahead}.run_all(tokens);
       }
       for (int64_t t = 0; t < tokens; ++t) product.write(token + t, row, rows, sums[t]);
