@@ -74,13 +74,16 @@ def test_a_level_that_the_machine_lacks_makes_the_backend_unavailable():
 
 
 def test_4bit_books_are_checked():
-    for values, ordered, message in (
-        ([0.0] * 15, [0, 1], "values has 15 entries, expected 16"),
-        ([0.0] * 16, [0], "ordered has 1 codes, expected 2 to 16"),
-        ([0.0] * 16, [0, 16], "ordered has the code 16, expected 0 to 15"),
+    close = [i / 100 for i in range(16)]
+    for values, ordered, scale, message in (
+        ([0.0] * 15, [0, 1], "absmax", "values has 15 entries, expected 16"),
+        ([0.0] * 16, [0], "absmax", "ordered has 1 codes, expected 2 to 16"),
+        ([0.0] * 16, [0, 16], "absmax", "ordered has the code 16, expected 0 to 15"),
+        ([0.0] * 16, [0, 1], "e5m2", "scale is 'e5m2', expected 'absmax', 'e8m0' or 'e4m3'"),
+        (close, list(range(16)), "absmax", "ordered has two midpoints within 1/16, expected entries further apart"),
     ):
         with pytest.raises(ValueError, match=f"register_4bit: {message}"):
-            native.register_4bit("broken", values, ordered)
+            native.register_4bit("broken", values, ordered, scale)
 
 
 @pytest.mark.parametrize("source", sorted({path.name for path in KERNELS.glob("*.cpp")} - {"code_book.cpp", "levels.cpp"}))

@@ -10,11 +10,12 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 // Blocks are taken so many at a time that their scales, each found by a long chain of dependent steps, are found side by side.
-constexpr int64_t kElementsAtOnce = 1024;
+constexpr int64_t kElementsAtOnce = 512;
 constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
 
-// How far ahead parameters are fetched: while states are encoded, nothing is.
-constexpr int64_t kElementsAhead = kElementsAtOnce;
+// How far ahead parameters are fetched. Gradients are while they are looked through; parameters while states are encoded, so that
+// memory has work all the time.
+constexpr int64_t kElementsAhead = 1024;
 
 // Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
 constexpr int64_t kBuffer = kMaxBlocksize + 80;
@@ -135,7 +136,6 @@ inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h
   Largest largest{};
   int64_t i = 0;
   for (; i + kLanes <= unit.count; i += kLanes) {
-    __builtin_prefetch(unit.param + i + kElementsAhead, 1);
     const Elements e = updated<Rule, kBits>(load_elements<Rule>(unit, i), trust_ratio, h);
     store_elements<Rule>(e, unit, i);
     if (kBits == Bits::eight) largest.template include<Rule>(e.s);
@@ -150,6 +150,8 @@ inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h
 
 template <class Rule>
 inline void encode_unit(const OptimizerTensor& a, int64_t index, const Unit& unit, const Largest& largest) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t i = 0; i < unit.count; i += kLine) __builtin_prefetch(unit.param + i + kElementsAhead, 1);
   const Integers found[kMaxStates] = {largest.m, largest.v, largest.slow};
   for (int i = 0; i < kMaxStates; ++i) {
     if (!keeps<Rule>(i)) continue;
