@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from q_core.reference import attention as reference
+from q_core.specs import bounds
 from q_cpu import attention
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -69,20 +70,20 @@ def sequences(
 
 
 def by_hand(
-    case: Sequences, r: int, causal: bool = True, window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None
+    case: Sequences, r: int, first: int, causal: bool = True, window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None
 ) -> Tensor:
-    """All queries of a request, from the cache as decoded, in float64."""
+    """The queries of a request from `first` on, over the cache as decoded, in float64."""
     blocks = case.tables[r, : math.ceil(case.lengths[r] / case.caches[0].shape[2])].long()
     k, v = (
         reference.decode(cache, scale)[blocks].transpose(1, 2).flatten(0, 1)[: case.lengths[r]].double()
         for cache, scale in zip(case.caches, case.scales, strict=True)
     )
-    q = case.queries[r].double()
+    q = case.queries[r][first:].double()
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
+    distance = torch.arange(first, len(k))[:, None] - torch.arange(len(k))
     hidden = (distance < 0) & causal
     if window is not None:
         hidden = hidden | (distance >= window)
@@ -93,10 +94,15 @@ def by_hand(
     return torch.einsum("hqk,khd->qhd", weights / total, v)
 
 
-def assert_close(got: Tensor, exact: Tensor) -> None:
-    """Relative to the values, which are normal, and to scores of about 1; weights and output are rounded to the dtype."""
-    error = (got.double() - exact).abs().max()
-    assert bool(error <= 6 * torch.finfo(got.dtype).eps), f"off by {float(error):.3g}"
+def assert_right(case: Sequences, r: int, got: Tensor, first: int = 0, **settings: Any) -> None:
+    """The outputs of queries from `first` on are within the surface's bound of the exact ones."""
+    exact = by_hand(case, r, first, **settings)
+    call = {"q_THD": case.queries[r], "scale": case.queries[r].shape[-1] ** -0.5}
+    for name, cache, scale in zip("kv", case.caches, case.scales, strict=True):
+        call |= {f"{name}_cache_BGSD": cache, f"{name}_scale_BGS": scale}
+    error = (got.double() - exact).abs()
+    bound = bounds.paged_attention(call, exact)
+    assert bool((error <= bound).all()), f"off by {float(error.max()):.3g} of {float(bound.max()):.3g}"
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -116,33 +122,33 @@ def assert_close(got: Tensor, exact: Tensor) -> None:
 def test_prefill(dtype, codes, settings):
     case = sequences((70, 1, 37), dtype, codes)
     for r, got in enumerate(case.attend([(0, 0, 70), (1, 0, 1), (2, 0, 37)], **settings)):
-        assert_close(got, by_hand(case, r, **settings))
+        assert_right(case, r, got, **settings)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_head_dim_and_block_size(dtype):
     for D in [*range(1, 70), 80, 96, 127, 128, 200, 256]:
         case = sequences((40,), dtype, H=3, G=1, D=D, S=1 + D % 19)
-        assert_close(case.attend([(0, 0, 40)])[0], by_hand(case, 0))
+        assert_right(case, 0, case.attend([(0, 0, 40)])[0])
 
 
 @pytest.mark.parametrize(("H", "G"), [(1, 1), (5, 5), (7, 1), (16, 2), (100, 1)])
 def test_every_group_size(H, G):
     for dtype in FLOATS:
         case = sequences((45,), dtype, H=H, G=G)
-        assert_close(case.attend([(0, 0, 45)])[0], by_hand(case, 0))
+        assert_right(case, 0, case.attend([(0, 0, 45)])[0])
 
 
 @pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("settings", [{}, {"window": 1500}, {"sinks_H": torch.linspace(-2, 3, 4), "softcap": 3.0}])
+@pytest.mark.parametrize("settings", [{}, {"window": 1500}, {"sinks_H": torch.linspace(-2, 3, 3), "softcap": 3.0}])
 def test_a_query_gets_the_same_bits_in_decode_in_chunks_and_in_prefill(codes, settings):
     """Long enough for keys to be cut into several ranges."""
-    length = 2600
+    length = 2100
     for dtype in FLOATS:
-        case = sequences((length, 50), dtype, codes, H=4, G=1)
+        case = sequences((length, 50), dtype, codes, H=3, G=1)
         (whole,) = case.attend([(0, 0, length)], **settings)
-        assert_close(whole, by_hand(case, 0, **settings))
-        for first, last in ((2599, 2600), (1023, 1024), (1024, 1025), (0, 1), (1030, 1100), (5, 2600)):
+        assert_right(case, 0, whole[2000:], 2000, **settings)
+        for first, last in ((2099, 2100), (1023, 1024), (1024, 1025), (0, 1), (1030, 1100), (1900, 2100)):
             got, _ = case.attend([(0, first, last), (1, 3, 50)], **settings)
             assert torch.equal(got, whole[first:last])
 

@@ -64,7 +64,7 @@ def test_rotary_embedding(dtype, interleaved):
         for got, x in zip(norm.rotary_embedding(*heads, positions, cos, sin, interleaved), heads, strict=True):
             rotated = x[..., : 2 * F].double()
             pairs = rotated.unflatten(-1, (F, 2)) if interleaved else rotated.unflatten(-1, (2, F)).transpose(-1, -2)
-            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+            turned = torch.view_as_real(torch.complex(pairs[..., 0], pairs[..., 1]) * turn)
             exact = turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
             assert torch.equal(got[..., 2 * F :], x[..., 2 * F :])
             relative = torch.finfo(dtype).eps / 2

@@ -71,7 +71,7 @@ def attention_outputs(heads: Tensor) -> Iterator[Tensor]:
     k_cache, v_cache = (torch.zeros(200, 4, 16, 64, dtype=heads.dtype) for _ in range(2))
     keys = heads[:, :4].repeat(6, 1, 1)
     attention.write_kv(keys, keys.flip(0), k_cache, v_cache, torch.arange(len(keys)), None, None)
-    yield from (k_cache, v_cache)
+    yield from (k_cache, v_cache.clone())
     tables = torch.arange(200, dtype=torch.int32).view(1, 200).repeat(2, 1)
     start, lengths = torch.tensor([0, 1, 301], dtype=torch.int32), torch.tensor([3001, 400], dtype=torch.int32)
     yield attention.paged_attention(

@@ -221,7 +221,8 @@ void paged_attention(py::handle q, py::handle k_cache, py::handle v_cache, py::h
   constexpr const char* op = "paged_attention";
   if (G < 1 || H % G != 0) bad_value({op, "q_THD"}, "has " + text(H) + " heads, expected a multiple of " + text(G));
   if (window < 0 || (window > 0 && !causal)) bad_value({op, "window"}, "is " + text(window) + ", expected 1 or more, with causal");
-  if (max_seq_len > checked_product(op, M, S)) bad_value({op, "max_seq_len"}, "is more than the block tables hold");
+  const int64_t most = checked_product(op, M, S);
+  if (max_seq_len > most) bad_value({op, "max_seq_len"}, "is " + text(max_seq_len) + ", expected at most M * S = " + text(most));
   const TensorView queries = TensorView(q, {op, "q_THD"}, Layout::strided).floating().shaped({T, H, D});
   const int64_t slots = checked_product(op, checked_product(op, B, G), S);
   const Cache keys = cache_of(op, "k_cache_BGSD", "k_scale_BGS", k_cache, k_scale, queries, slots, D);

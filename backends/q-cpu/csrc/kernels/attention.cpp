@@ -264,20 +264,20 @@ struct Attend {
   void attend_tile(const AttentionItem& item, const Reach& reach, int64_t tile, const Scales& scales, const TileRows& rows,
                    const TileRows& next, const States& states) const {
     alignas(64) float weights[kPanelRows * kWeightDepth];
-    Ahead values_ahead(rows.value, row_bytes), keys_ahead(next.key, row_bytes);
-    pack_keys<Tile, C>(rows.key, a.D, scratch.keys, values_ahead);
+    Ahead keys_ahead(next.key, row_bytes), values_ahead(next.value, row_bytes);
+    pack_keys<Tile, C>(rows.key, a.D, scratch.keys, keys_ahead);
     // With a single panel, such as in decoding, the keys are done with when the values come. One buffer for both then leaves L1 to
     // what is fetched ahead.
     const bool single = item.rows <= kPanelRows;
     float* values = single ? scratch.keys : scratch.values;
-    if (!single) Tile::template pack_values<C>(rows.value, a.D, values, columns, keys_ahead);
+    if (!single) Tile::template pack_values<C>(rows.value, a.D, values, columns, values_ahead);
     for (int64_t r = 0; r < item.rows; r += kPanelRows) {
       const int64_t count = smaller(kPanelRows, item.rows - r), row = item.row + r;
       if (reach.begin(row) >= tile + kKeyTile || reach.end(row + count - 1) <= tile) continue;
       float* outputs = states.outputs + r * columns;
-      weigh_panel(reach, tile, row, count, scratch.queries + r * depth, scales, states.sums + r, outputs, weights, values_ahead);
-      if (single) Tile::template pack_values<C>(rows.value, a.D, values, columns, keys_ahead);
-      multiply_panel<Tile, true>(count, weights, kWeightDepth, values, columns, kWeightDepth, outputs, keys_ahead);
+      weigh_panel(reach, tile, row, count, scratch.queries + r * depth, scales, states.sums + r, outputs, weights, keys_ahead);
+      if (single) Tile::template pack_values<C>(rows.value, a.D, values, columns, values_ahead);
+      multiply_panel<Tile, true>(count, weights, kWeightDepth, values, columns, kWeightDepth, outputs, values_ahead);
     }
   }
 

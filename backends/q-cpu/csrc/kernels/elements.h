@@ -41,11 +41,40 @@ inline V load_raw(const void* from) {
   return v;
 }
 
+// Small integers, widened. The compiler's own conversion takes the vector apart.
+inline Words widen_halves(const void* from) {
+#if defined(__AVX512F__)
+  return same_bits<Words>(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)));
+#elif defined(__AVX2__)
+  return same_bits<Words>(_mm256_cvtepu16_epi32(load_raw<__m128i>(from)));
+#else
+  return __builtin_convertvector(load_raw<Halves>(from), Words);
+#endif
+}
+
+inline Words widen_bytes(const void* from) {
+#if defined(__AVX512F__)
+  return same_bits<Words>(_mm512_cvtepu8_epi32(load_raw<__m128i>(from)));
+#elif defined(__AVX2__)
+  return same_bits<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load_raw<Bytes>(from), Words);
+#endif
+}
+
+inline Integers widen_signed_bytes(const void* from) {
+#if defined(__AVX512F__)
+  return same_bits<Integers>(_mm512_cvtepi8_epi32(load_raw<__m128i>(from)));
+#elif defined(__AVX2__)
+  return same_bits<Integers>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load_raw<SignedBytes>(from), Integers);
+#endif
+}
+
 inline Vector read(const float* from) { return load_vector(from); }
 
-inline Vector read(const Bf16* from) {
-  return same_bits<Vector>(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
-}
+inline Vector read(const Bf16* from) { return same_bits<Vector>(widen_halves(from) << 16); }
 
 inline Vector read(const F16* from) {
 #if defined(__AVX512F__)
@@ -59,12 +88,10 @@ inline Vector read(const F16* from) {
 #endif
 }
 
-inline Vector read(const int8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(load_raw<SignedBytes>(from), Integers), Vector);
-}
+inline Vector read(const int8_t* from) { return __builtin_convertvector(widen_signed_bytes(from), Vector); }
 
 inline Vector read(const E4m3* from) {
-  const Words codes = __builtin_convertvector(load_raw<Bytes>(from), Words);
+  const Words codes = widen_bytes(from);
   const Words magnitude = codes & 0x7f;
   // With e4m3's exponent bits in float32's place the value is 2^-120 of what it should be; subnormals come out right.
   const Words finite = same_bits<Words>(same_bits<Vector>(magnitude << 20) * 0x1p120f);
@@ -82,8 +109,16 @@ inline Vector read_part(const T* from, int64_t count) {
 
 inline void write(Vector v, float* to) { memcpy(to, &v, sizeof v); }
 
-// Rounds to nearest even, subnormal numbers too, which the hardware's own conversion would flush.
+// Rounds to nearest even; subnormal numbers too, which the hardware's own conversion would flush.
 inline void write(Vector v, Bf16* to) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(same_bits<__m512>(v), kSubnormal) == 0, true)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(same_bits<__m512>(v));
+    memcpy(to, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   const Words bits = same_bits<Words>(v);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Halves halves = __builtin_convertvector((bits & kMagnitude) > kInfinity ? Words{} + (kNaN >> 16) : rounded, Halves);

@@ -156,7 +156,7 @@ void silu_and_mul_rows(const SiluAndMul& a, int64_t first, int64_t last) {
     T* out = static_cast<T*>(a.out) + row * a.N;
     for_vectors(a.N, [&](int64_t n, int64_t count) {
       const Vector g = read_some(gate + n, count);
-      write_some(g / (1.0f + exp_lanes(-g)) * read_some(up + n, count), out + n, count);
+      write_some(g * sigmoid_lanes(g) * read_some(up + n, count), out + n, count);
     });
   }
 }

@@ -67,15 +67,13 @@ inline Vector scale_by_power(Vector x, Vector n) {
 #endif
 }
 
-// 2^f for |f| <= 1/2 to 2^-24 · 1.4, and exactly 1 at 0.
+// 2^f for |f| <= 1/2 to 2^-24 · 1.4, and exactly 1 at 0. Coefficients in pairs: fewer steps wait for each other than one by one.
 inline Vector exp2_fraction(Vector f) {
-  Vector p = broadcast(0x1.41fbbcp-13f);
-  p = multiply_add(p, f, broadcast(0x1.5f3e54p-10f));
-  p = multiply_add(p, f, broadcast(0x1.3b2d4cp-7f));
-  p = multiply_add(p, f, broadcast(0x1.c6aee8p-5f));
-  p = multiply_add(p, f, broadcast(0x1.ebfbdcp-3f));
-  p = multiply_add(p, f, broadcast(0x1.62e430p-1f));
-  return multiply_add(p, f, broadcast(1.0f));
+  const Vector square = f * f;
+  const Vector c12 = multiply_add(broadcast(0x1.ebfbdcp-3f), f, broadcast(0x1.62e430p-1f));
+  const Vector c34 = multiply_add(broadcast(0x1.3b2d4cp-7f), f, broadcast(0x1.c6aee8p-5f));
+  const Vector c56 = multiply_add(broadcast(0x1.41fbbcp-13f), f, broadcast(0x1.5f3e54p-10f));
+  return multiply_add(multiply_add(multiply_add(c56, square, c34), square, c12), f, broadcast(1.0f));
 }
 
 // 2^x, to 1.5 units in the last place for -126 <= x < 127.5; 0 or subnormal below, infinity above.
@@ -91,12 +89,34 @@ inline float exp2_scalar(float x) { return exp2_lanes(broadcast(x))[0]; }
 inline Vector exp_lanes(Vector x) {
   constexpr float kLog2e = 0x1.715476p0f;
   constexpr float kLn2 = 0x1.62e430p-1f;
-  constexpr float kLn2High = 0x1.63p-1f;  // few bits, so that n times it is exact
-  constexpr float kLn2Low = -0x1.bd0106p-13f;
   const Vector bounded = lesser(broadcast(88.9f), larger(broadcast(kSmallestPower * kLn2), x));
   const Vector n = round_lanes(bounded * kLog2e);
-  const Vector rest = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), bounded));
-  return scale_by_power(exp2_fraction(rest * kLog2e), n);
+#if defined(__FMA__)
+  constexpr float kLog2eRest = 0x1.4ae0cp-26f;
+  const Vector fraction = multiply_add(bounded, broadcast(kLog2eRest), multiply_add(bounded, broadcast(kLog2e), -n));
+#else
+  constexpr float kLn2High = 0x1.63p-1f;  // few bits, so that n times it is exact
+  constexpr float kLn2Low = -0x1.bd0106p-13f;
+  const Vector fraction = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), bounded)) * kLog2e;
+#endif
+  return scale_by_power(exp2_fraction(fraction), n);
+}
+
+// 1 / x to a unit in the last place, for 1 <= x <= 2.
+inline Vector reciprocal(Vector x) {
+#if defined(__AVX512F__)
+  const Vector guess = same_bits<Vector>(_mm512_rcp14_ps(same_bits<__m512>(x)));
+  return multiply_add(guess, multiply_add(-x, guess, broadcast(1.0f)), guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + e^-x), to 5 units in the last place. The power is of -|x|, which doesn't overflow.
+inline Vector sigmoid_lanes(Vector x) {
+  const Vector power = exp_lanes(same_bits<Vector>(same_bits<Words>(x) | ~kMagnitude));
+  const Vector half = reciprocal(1.0f + power);
+  return x < 0.0f ? half * power : half;
 }
 
 // tanh x, to 3 units in the last place.
