@@ -18,17 +18,22 @@ YARDSTICK_BYTES = 256 * 2**20
 
 
 def milliseconds(contenders: Mapping[str, Call], sets: int) -> dict[str, float]:
-    """Median time of each contender; they take turns, so that what slows the machine down slows all of them down."""
+    """Median time of each contender.
+
+    They take turns, so that what slows the machine down slows all of them down, each on other inputs than the one before, so that none
+    finds its own in cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call(0)
+    apart = max(1, sets // len(contenders))
     for turn in range(ROUNDS):
-        for name, call in contenders.items():
+        for place, (name, call) in enumerate(contenders.items()):
             taken = times[name]
             if len(taken) >= 3 and sum(taken) > SECONDS:
                 continue
             start = time.perf_counter()
-            call(turn % sets)
+            call((turn + place * apart) % sets)
             taken.append(time.perf_counter() - start)
     return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
 

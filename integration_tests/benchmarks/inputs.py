@@ -10,10 +10,10 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
-WORKING_SET = 96 * 2**20
-"""Bytes: three times the last-level cache of the machine that the targets were taken on."""
+WORKING_SET = 192 * 2**20
+"""Bytes: six times the last-level cache of the machine that the targets were taken on."""
 
-MOST_SETS = 12
+MOST_SETS = 16
 
 
 def sets_for(bytes_each: int) -> int:

@@ -48,7 +48,7 @@ def gemm_4bit(
 ) -> Tensor:
     """Multiply activations with a 4-bit weight, whose values are decoded in registers or, for more tokens, into cache."""
     if activations == "int8":
-        return int8.gemm_4bit(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
+        return int8.gemm_4bit_with_int8_activations(x_TK, packed, absmax, blocksize, quant_type, shape, bias)
     *leading, K = x_TK.shape
     N = shape[0]
     out = torch.empty(*leading, N, dtype=x_TK.dtype)

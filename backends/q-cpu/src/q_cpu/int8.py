@@ -53,7 +53,7 @@ def gemm_int8_weight(x_TK: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor |
     return out
 
 
-def gemm_4bit(
+def gemm_4bit_with_int8_activations(
     x_TK: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """``gemm_4bit`` with ``activations="int8"``, for the implementation in :mod:`q_cpu.gemm`."""
