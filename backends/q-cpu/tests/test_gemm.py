@@ -12,6 +12,7 @@ from torch import Tensor
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_cpu import gemm
+from q_cpu.runtime import native
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -151,16 +152,33 @@ def test_a_poisoned_block_reaches_its_outputs_only(K, T, poison):
         assert out[:, ~reached].isfinite().all()
 
 
+def native_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernel, also for sizes at which the op takes torch's product."""
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
+    native.gemm(x, w, x.shape[0], w.shape[0], x.shape[1], bias, out)
+    return out
+
+
+@pytest.mark.parametrize("function", [gemm.gemm, native_gemm])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 8, 9, 31, 40])
-@pytest.mark.parametrize(("N", "K"), [(0, 5), (3, 0), (1, 1), (7, 33), (9, 512), (38, 1029)])
-def test_gemm(T, N, K, dtype):
+@pytest.mark.parametrize(("N", "K"), [(0, 5), (3, 0), (1, 1), (7, 33), (9, 512), (38, 1029), (12, 2080)])
+def test_gemm(N, K, T, dtype, function):
     x, w, bias = torch.randn(T, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
     for b in (None, bias):
-        out = gemm.gemm(x, w, b)
+        out = function(x, w, b)
         assert out.shape == (T, N)
         assert out.dtype == dtype
         assert_within_rounding(out, x, w, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_of_sizes_past_its_blocks(dtype):
+    x, w, bias = torch.randn(300, 1060).to(dtype), torch.randn(400, 1060).to(dtype), torch.randn(400).to(dtype)
+    whole = native_gemm(x, w, bias)
+    assert_within_rounding(whole, x, w, bias)
+    for first, last in ((0, 1), (5, 8), (100, 299)):
+        assert torch.equal(native_gemm(x[first:last], w, bias), whole[first:last])
 
 
 def test_gemm_of_strided_tensors():

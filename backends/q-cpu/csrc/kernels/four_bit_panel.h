@@ -20,7 +20,7 @@ struct FourBitWeight {
 
 // Any row, wherever its codes and blocks begin and end.
 template <class P>
-inline void decode_row(const FourBitWeight& w, int64_t first, int64_t width, typename P::Number* panel) {
+inline void decode_row(const FourBitWeight& w, int64_t first, int64_t width, typename P::W* panel) {
   alignas(64) float decoded[kPanelK<P>];
   decode_4bit(w.packed, w.absmax, *w.book, w.blocksize, first, width, decoded);
   for (int64_t k = 0; k < width; k += P::kStep, panel += kRowStrides<P>.step) {
@@ -53,7 +53,7 @@ inline __m512i spread_codes(const uint8_t* bytes) {
 // A row whose codes and blocks begin and end with runs of `Vectors` vectors.
 template <int Vectors>
 inline void decode_runs(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
-  typedef Products<Bf16> P;
+  typedef Products<Bf16, Bf16> P;
   constexpr int64_t kRun = Vectors * P::kStep;
   const uint8_t* bytes = w.packed + first / 2;
   const int64_t next_tile = kTileRows * w.K / 2;
@@ -71,7 +71,7 @@ inline void decode_runs(const FourBitWeight& w, int64_t first, int64_t width, Bf
 
 // A row whose vectors have two blocks each.
 inline void decode_half_vectors(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
-  typedef Products<Bf16> P;
+  typedef Products<Bf16, Bf16> P;
   const __m512i upper_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   const uint8_t* bytes = w.packed + first / 2;
   const float* absmax = w.absmax + (first >> w.shift);
@@ -82,8 +82,8 @@ inline void decode_half_vectors(const FourBitWeight& w, int64_t first, int64_t w
 }
 
 template <>
-inline void decode_row<Products<Bf16>>(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
-  typedef Products<Bf16> P;
+inline void decode_row<Products<Bf16, Bf16>>(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+  typedef Products<Bf16, Bf16> P;
   if (w.K % P::kStep == 0) {
     if (w.blocksize < P::kStep) return decode_half_vectors(w, first, width, panel);
     if (w.blocksize > P::kStep && w.K % (2 * P::kStep) == 0) return decode_runs<2>(w, first, width, panel);
@@ -98,13 +98,16 @@ inline void decode_row<Products<Bf16>>(const FourBitWeight& w, int64_t first, in
 
 #endif
 
-// What multiply_panels fills panels with.
+// The rows of a 4-bit weight for multiply_panels.
 template <class P>
-struct FillFourBit {
+struct FourBitRows {
+  static constexpr bool kInPlace = false;
+
   FourBitWeight w;
 
-  void operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::Number* panel) const {
+  RowPanel<P> operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::W* panel) const {
     for (int64_t r = 0; r < rows; ++r) decode_row<P>(w, (row + r) * w.K + k, width, panel + r * kRowStrides<P>.line);
+    return {panel, kRowStrides<P>, 0};
   }
 };
 

@@ -14,9 +14,6 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int kDenseRows = 4;    // rows that stream side by side
-constexpr int kDenseTokens = 4;  // tokens that they meet at once
-
 #if defined(__AVX512BF16__)
 
 inline void stream_4bit(const Product& a, const FourBitWeight& w, int64_t first, int64_t last) {
@@ -34,8 +31,9 @@ inline void stream_4bit(const Product& a, const FourBitWeight& w, int64_t first,
 
 template <class X>
 inline void multiply_decoded(const Product& a, const FourBitWeight& w, int64_t first, int64_t last) {
-  typedef Products<typename PackedAs<X>::Number> P;
-  multiply_panels<P, X>(a, first, last, FillFourBit<P>{w});
+  typedef typename PackedAs<X>::Number Number;
+  typedef Products<Number, Number> P;
+  multiply_panels<P, X>(a, first, last, FourBitRows<P>{w});
 }
 
 void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
@@ -54,53 +52,33 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   }
 }
 
-// A few tokens: the weight streams through once, a few rows at a time, read where it lies.
-template <class P, int Tokens>
-inline void stream_dense(const Gemm& a, int64_t token, int64_t row, int64_t rows) {
-  typedef typename P::Number X;
-  const Strides strides{a.K, P::kStep};
-  const X* x = static_cast<const X*>(a.x_TK) + token * a.K;
-  const X* w = static_cast<const X*>(a.w_NK) + row * a.K;
-  float sums[whole_sums(Tokens * kDenseRows)] = {};
-  if (rows == kDenseRows) {
-    multiply_tile<P, Tokens, kDenseRows>(x, strides, w, strides, a.K, sums);
-  } else {
+// The rows of a dense weight for multiply_panels, where they lie; but for a last tile of fewer rows, which is copied.
+template <class P>
+struct DenseRows {
+  static constexpr bool kInPlace = true;
+
+  const typename P::W* w_NK;
+  int64_t K;
+
+  RowPanel<P> operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::W* panel) const {
+    const typename P::W* begin = w_NK + row * K + k;
+    if (rows == kTileRows) return {begin, {K, P::kStep}, kTileRows * K};
     for (int64_t r = 0; r < rows; ++r) {
-      float column[whole_sums(Tokens)] = {};
-      multiply_tile<P, Tokens, 1>(x, strides, w + r * a.K, strides, a.K, column);
-      for (int t = 0; t < Tokens; ++t) sums[t * kDenseRows + r] = column[t];
+      for (int64_t i = 0; i < width; i += P::kStep) {
+        const int64_t count = smaller(P::kStep, width - i);
+        typename P::W* to = panel + r * kRowStrides<P>.line + i / P::kStep * kRowStrides<P>.step;
+        memcpy(to, begin + r * K + i, static_cast<size_t>(count) * sizeof(typename P::W));
+      }
     }
+    return {panel, kRowStrides<P>, 0};
   }
-  float bias_buffer[kDenseRows];
-  const float* bias = a.bias_N ? load(a.bias_N, a.dtype, row, rows, bias_buffer) : nullptr;
-  for (int t = 0; t < Tokens; ++t) {
-    float* values = sums + t * kDenseRows;
-    for (int64_t r = 0; bias && r < rows; ++r) values[r] += bias[r];
-    store(values, rows, a.out_TN, a.dtype, (token + t) * a.N + row);
-  }
-}
+};
 
 template <class X>
 inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
-  typedef Products<X> P;
-  for (int64_t row = first; row < last; row += kDenseRows) {
-    const int64_t rows = smaller(kDenseRows, last - row);
-    for (int64_t token = 0; token < a.T; token += kDenseTokens) {
-      switch (smaller(kDenseTokens, a.T - token)) {
-        case 1:
-          stream_dense<P, 1>(a, token, row, rows);
-          break;
-        case 2:
-          stream_dense<P, 2>(a, token, row, rows);
-          break;
-        case 3:
-          stream_dense<P, 3>(a, token, row, rows);
-          break;
-        default:
-          stream_dense<P, kDenseTokens>(a, token, row, rows);
-      }
-    }
-  }
+  typedef Products<typename PackedAs<X>::Number, X> P;
+  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype};
+  multiply_panels<P, X>(product, first, last, DenseRows<P>{static_cast<const X*>(a.w_NK), a.K});
 }
 
 void gemm(const Gemm& a, int64_t first, int64_t last) {

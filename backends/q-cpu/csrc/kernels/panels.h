@@ -1,8 +1,8 @@
-// The blocking of a matrix product with weights that must be decoded, from a few tokens to prefill sizes.
+// The blocking of a matrix product, from a few tokens to prefill sizes.
 //
-// Activations and weights are packed into panels, kPanelK features wide, in the order in which tiles read them: straight on, which
-// the processor prefetches and which no stride between rows can spoil. The tokens' panel stays in L2 while a block of rows passes,
-// a tile's rows at a time, each decoded into L1 for all of the panel's tokens.
+// Activations are packed into a panel, kPanelK features wide, in the order in which tiles read them: straight on, which the
+// processor prefetches and which no stride between tokens can spoil. The panel stays in L2 while a block of rows passes, a tile's
+// rows at a time: read where they lie, or first decoded into a panel of their own in L1, once for all of the tokens.
 //
 // A sum is made a panel's width at a time, each part as in tile.h: its order depends on K alone.
 
@@ -51,9 +51,9 @@ inline void pack_vector(const Bf16* x, Bf16* out) { memcpy(out, x, sizeof(Vector
 
 // Packs features k…k + width of up to a tile's tokens, filled up with zeros.
 template <class P, class X>
-inline void pack_tokens(const X* x, int64_t K, int64_t tokens, int64_t width, typename P::Number* panel) {
+inline void pack_tokens(const X* x, int64_t K, int64_t tokens, int64_t width, typename P::X* panel) {
   for (int64_t t = 0; t < tokens; ++t, x += K) {
-    typename P::Number* out = panel + t * P::kStep;
+    typename P::X* out = panel + t * P::kStep;
     int64_t k = 0;
     for (; k + P::kStep <= width; k += P::kStep, out += tokens * P::kStep) {
       __builtin_prefetch(x + kTileTokens * K + k);  // the next tile's
@@ -67,19 +67,39 @@ inline void pack_tokens(const X* x, int64_t K, int64_t tokens, int64_t width, ty
   }
 }
 
-// A tile's sums over a panel's width.
+// A tile's rows over a panel's width: where they begin and lie, and how far after them the next tile's do.
 template <class P>
-inline void multiply_panel(int64_t tokens, const typename P::Number* x, const typename P::Number* w, int64_t width, float* sums) {
-  const Strides x_strides{P::kStep, tokens * P::kStep};
+struct RowPanel {
+  const typename P::W* begin;
+  Strides strides;
+  int64_t ahead;
+};
+
+// The sums over a panel's width of a tile's rows and the tokens of a tile, the `number`th of `of`. Rows in place are fetched from
+// memory ahead of their turn, a share by each tile of tokens; where decoded ones lie is known when this is compiled.
+template <class P, bool InPlace, int Tokens>
+inline void multiply_some(const typename P::X* x, const RowPanel<P>& w, int64_t width, int64_t number, int64_t of, float* sums) {
+  constexpr Strides x_strides{P::kStep, Tokens * P::kStep};
+  if constexpr (InPlace) {
+    const typename P::W* next = w.begin + w.ahead + width * number / of;
+    multiply_tile<P, Tokens, kTileRows, true>(x, x_strides, w.begin, w.strides, width, sums, next, w.strides.step / of);
+  } else {
+    multiply_tile<P, Tokens, kTileRows, false>(x, x_strides, w.begin, kRowStrides<P>, width, sums, nullptr, 0);
+  }
+}
+
+template <class P, bool InPlace>
+inline void multiply_panel(int64_t tokens, const typename P::X* x, const RowPanel<P>& w, int64_t width, int64_t number, int64_t of,
+                           float* sums) {
   switch (tokens) {
     case 1:
-      return multiply_tile<P, 1, kTileRows>(x, x_strides, w, kRowStrides<P>, width, sums);
+      return multiply_some<P, InPlace, 1>(x, w, width, number, of, sums);
     case 2:
-      return multiply_tile<P, 2, kTileRows>(x, x_strides, w, kRowStrides<P>, width, sums);
+      return multiply_some<P, InPlace, 2>(x, w, width, number, of, sums);
     case 3:
-      return multiply_tile<P, 3, kTileRows>(x, x_strides, w, kRowStrides<P>, width, sums);
+      return multiply_some<P, InPlace, 3>(x, w, width, number, of, sums);
     default:
-      return multiply_tile<P, kTileTokens, kTileRows>(x, {P::kStep, kTileTokens * P::kStep}, w, kRowStrides<P>, width, sums);
+      return multiply_some<P, InPlace, kTileTokens>(x, w, width, number, of, sums);
   }
 }
 
@@ -95,12 +115,13 @@ inline void write_sums(const Product& a, int64_t row, int64_t rows, int64_t toke
   }
 }
 
-// `fill(row, rows, k, width, panel)` decodes features k…k + width of `rows` rows from `row` on, of at most a tile, in the order of
-// kRowStrides; what else is in the tile's rows or in a last vector is not used.
-template <class P, class X, class Fill>
-inline void multiply_panels(const Product& a, int64_t first, int64_t last, Fill&& fill) {
-  alignas(64) typename P::Number x_panel[kTokenTiles][kTileTokens * kPanelK<P>];
-  alignas(64) typename P::Number w_panel[kTileRows * kPanelK<P>];
+// `rows_at(row, rows, k, width, panel)` gives features k…k + width of `rows` rows from `row` on, of at most a tile: where they lie,
+// if Rows::kInPlace, or decoded into the panel in the order of kRowStrides. What else is in the tile's rows or in a last vector is
+// not used.
+template <class P, class X, class Rows>
+inline void multiply_panels(const Product& a, int64_t first, int64_t last, const Rows& rows_at) {
+  alignas(64) typename P::X x_panel[kTokenTiles][kTileTokens * kPanelK<P>];
+  alignas(64) typename P::W w_panel[kTileRows * kPanelK<P>];
   alignas(64) TileSums sums[kSumTiles];
   const X* x = static_cast<const X*>(a.x_TK);
   for (int64_t token = 0; token < a.T; token += kPanelTokens) {
@@ -117,9 +138,10 @@ inline void multiply_panels(const Product& a, int64_t first, int64_t last, Fill&
         }
         TileSums* tile = sums;
         for (int64_t r = 0; r < rows; r += kTileRows) {
-          fill(row + r, smaller(kTileRows, rows - r), k, width, w_panel);
-          for (int64_t t = 0; t < tokens; t += kTileTokens, ++tile) {
-            multiply_panel<P>(smaller(kTileTokens, tokens - t), x_panel[t / kTileTokens], w_panel, width, *tile);
+          const RowPanel<P> w = rows_at(row + r, smaller(kTileRows, rows - r), k, width, w_panel);
+          for (int64_t t = 0; t < token_tiles; ++t, ++tile) {
+            multiply_panel<P, Rows::kInPlace>(smaller(kTileTokens, tokens - t * kTileTokens), x_panel[t], w, width, t, token_tiles,
+                                              *tile);
           }
         }
       }

@@ -1,7 +1,7 @@
 // What a matrix product multiplies: vectors of activations and of weights, summed in float32.
 //
 // Everything is widened to float32, but for pairs of bfloat16 where the level has dot products of them (which take subnormal
-// numbers for zero). `Products<Number>` hides the difference: vectors of kStep features of a token and of a row, and what their
+// numbers for zero). `Products<X, W>` hides the difference: vectors of kStep features of a token and of a row, and what their
 // product adds to a vector of sums.
 
 #pragma once
@@ -84,27 +84,33 @@ inline Vector load_some_floats(const Number* from, int64_t count) {
 
 #endif
 
-template <class N>
+template <class XNumber, class WNumber>
 struct Products {
-  typedef N Number;
+  typedef XNumber X;
+  typedef WNumber W;
   typedef Vector Operand;
   static constexpr int64_t kStep = kLanes;
 
-  static Operand load(const N* from) { return load_floats(from); }
-  static Operand load_some(const N* from, int64_t count) { return load_some_floats(from, count); }
+  static Operand load_x(const X* from) { return load_floats(from); }
+  static Operand load_w(const W* from) { return load_floats(from); }
+  static Operand load_some_x(const X* from, int64_t count) { return load_some_floats(from, count); }
+  static Operand load_some_w(const W* from, int64_t count) { return load_some_floats(from, count); }
   static Vector multiply_add(Operand x, Operand w, Vector sums) { return q_cpu::Q_CPU_LEVEL::multiply_add(x, w, sums); }
 };
 
 #if defined(__AVX512BF16__)
 
 template <>
-struct Products<Bf16> {
-  typedef Bf16 Number;
+struct Products<Bf16, Bf16> {
+  typedef Bf16 X;
+  typedef Bf16 W;
   typedef __m512i Operand;
   static constexpr int64_t kStep = 2 * kLanes;
 
-  static Operand load(const Bf16* from) { return _mm512_loadu_si512(from); }
-  static Operand load_some(const Bf16* from, int64_t count) { return _mm512_maskz_loadu_epi16(first_words(count), from); }
+  static Operand load_x(const Bf16* from) { return _mm512_loadu_si512(from); }
+  static Operand load_w(const Bf16* from) { return _mm512_loadu_si512(from); }
+  static Operand load_some_x(const Bf16* from, int64_t count) { return _mm512_maskz_loadu_epi16(first_words(count), from); }
+  static Operand load_some_w(const Bf16* from, int64_t count) { return load_some_x(from, count); }
   static Vector multiply_add(Operand x, Operand w, Vector sums) {
     return reinterpret_cast<Vector>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));

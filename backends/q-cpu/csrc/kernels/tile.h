@@ -87,19 +87,23 @@ inline void add_lanes(const Vector (&v)[Count], float* sums) {
 #endif
 
 // Adds to `sums`, token by token, the products of `Tokens` tokens and `Rows` rows over `width` features. There is room for
-// whole_sums(Tokens * Rows) of them.
-template <class P, int Tokens, int Rows>
-inline void multiply_tile(const typename P::Number* x, Strides x_strides, const typename P::Number* w, Strides w_strides,
-                          int64_t width, float* sums) {
+// whole_sums(Tokens * Rows) of them. With `Prefetch` what lies at `next`, as these rows do, is fetched meanwhile, its vectors
+// `next_step` apart.
+template <class P, int Tokens, int Rows, bool Prefetch>
+inline void multiply_tile(const typename P::X* x, Strides x_strides, const typename P::W* w, Strides w_strides,
+                          int64_t width, float* sums, const typename P::W* next, int64_t next_step) {
   Vector tile[whole_sums(Tokens * Rows)] = {};
   int64_t k = 0;
-  for (; k + P::kStep <= width; k += P::kStep, x += x_strides.step, w += w_strides.step) {
+  for (; k + P::kStep <= width; k += P::kStep, x += x_strides.step, w += w_strides.step, next += next_step) {
     typename P::Operand rows[Rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) rows[r] = P::load(w + r * w_strides.line);
+    for (int r = 0; r < Rows; ++r) {
+      rows[r] = P::load_w(w + r * w_strides.line);
+      if (Prefetch) __builtin_prefetch(next + r * w_strides.line);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      const typename P::Operand token = P::load(x + t * x_strides.line);
+      const typename P::Operand token = P::load_x(x + t * x_strides.line);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) tile[t * Rows + r] = P::multiply_add(token, rows[r], tile[t * Rows + r]);
     }
@@ -107,10 +111,10 @@ inline void multiply_tile(const typename P::Number* x, Strides x_strides, const 
   if (k < width) {
     typename P::Operand rows[Rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) rows[r] = P::load_some(w + r * w_strides.line, width - k);
+    for (int r = 0; r < Rows; ++r) rows[r] = P::load_some_w(w + r * w_strides.line, width - k);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      const typename P::Operand token = P::load_some(x + t * x_strides.line, width - k);
+      const typename P::Operand token = P::load_some_x(x + t * x_strides.line, width - k);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) tile[t * Rows + r] = P::multiply_add(token, rows[r], tile[t * Rows + r]);
     }

@@ -14,8 +14,13 @@ from q_cpu import int8
 from q_cpu.runtime import native
 from q_cpu.support import decline_dtype
 
-_STREAMED_TOKENS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 32}
-"""Tokens up to which the dense kernel is faster than torch's product, as measured with AVX-512."""
+_OWN_TOKENS: dict[str, dict[torch.dtype, float]] = {
+    "avx512": {torch.float32: 256, torch.bfloat16: 32, torch.float16: math.inf},
+    "avx2": {torch.float32: 64, torch.bfloat16: 64, torch.float16: math.inf},
+    "baseline": {torch.float32: 0, torch.bfloat16: 0, torch.float16: 0},
+}
+"""Tokens up to which the dense kernel is the faster one, as measured beside torch's product; torch has none for float16 without
+instructions of its own for it, and knows other processors better than a baseline kernel can."""
 
 
 def _accepts_activations(x_TK: Tensor) -> str | None:
@@ -24,11 +29,10 @@ def _accepts_activations(x_TK: Tensor) -> str | None:
 
 @impl(accepts=_accepts_activations)
 def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply with a dense weight: a few tokens by a kernel that streams it, more by torch's own product."""
+    """Multiply with a dense weight, by torch's own product where that is faster."""
     *leading, K = x_TK.shape
     T, N = math.prod(leading), w_NK.shape[0]
-    most = _STREAMED_TOKENS[x_TK.dtype]
-    if T > most or not w_NK.is_contiguous():
+    if T > _OWN_TOKENS[native.isa()][x_TK.dtype] or not w_NK.is_contiguous():
         return F.linear(x_TK, w_NK, bias)
     out = torch.empty(*leading, N, dtype=x_TK.dtype)
     native.gemm(x_TK.contiguous(), w_NK, T, N, K, None if bias is None else bias.contiguous(), out)
