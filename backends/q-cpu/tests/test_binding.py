@@ -141,7 +141,7 @@ def test_messages_say_got_and_expected():
         ("A", torch.zeros(100, dtype=torch.float64), "A has dtype torch.float64, expected float32, bfloat16 or float16"),
         ("codes", torch.zeros(100, dtype=i8), "codes has dtype int8, expected uint8"),
         ("codes", torch.zeros(99, dtype=u8), "codes has 99 elements, expected 100"),
-        ("blocksize", 48, "blocksize is 48, expected a power of two in 16…4096"),
+        ("blocksize", 48, "blocksize is 48, expected a power of two in 32…4096"),
         ("code", torch.tensor([1.0, 0.0]), "code is not ascending at entry 1; sort it"),
         ("code", torch.tensor([0.0, float("nan")]), "code is not ascending at entry 1; sort it"),
         ("A", np.zeros(100, dtype=np.float32), "A is a ndarray, expected a torch.Tensor"),

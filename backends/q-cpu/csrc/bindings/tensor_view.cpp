@@ -158,9 +158,10 @@ Float TensorView::dtype() const {
   return static_cast<Float>(floating().scalar_);
 }
 
-int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize) {
-  if (blocksize < kMinBlocksize || blocksize > kMaxBlocksize || (blocksize & (blocksize - 1)) != 0) {
-    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in 16…4096");
+int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize, int64_t smallest) {
+  if (blocksize < smallest || blocksize > kMaxBlocksize || (blocksize & (blocksize - 1)) != 0) {
+    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in " + std::to_string(smallest) + "…" +
+                                     std::to_string(kMaxBlocksize));
   }
   return (numel + blocksize - 1) / blocksize;
 }

@@ -66,7 +66,7 @@ class TensorView {
 };
 
 // Blocks of a tensor of `numel` elements; checks the block size.
-int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize);
+int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize, int64_t smallest = kMinBlocksize);
 
 // Product of two sizes given by the caller, which must not overflow or be negative.
 int64_t checked_product(const char* op, int64_t a, int64_t b);

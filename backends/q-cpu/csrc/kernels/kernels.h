@@ -15,7 +15,8 @@ namespace q_cpu {
 
 enum class Float : uint8_t { f32, bf16, f16 };
 
-constexpr int64_t kMinBlocksize = 16;
+constexpr int64_t kMinBlocksize = 32;
+constexpr int64_t kMinFourBitBlocksize = 16;
 constexpr int64_t kMaxBlocksize = 4096;
 
 struct QuantizeKernels;
