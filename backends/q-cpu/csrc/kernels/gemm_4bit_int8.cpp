@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kDecodedAtOnce = 1024;  // of a row, in the first cache
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kMaxSpans = kPackedWords * kWordBytes / kMinBlocksize;  // in a panel
+constexpr int64_t kMaxSpans = kPackedWords * kWordBytes / kMinFourBitBlocksize;  // in a panel
 constexpr int64_t kMaxRepeats = kPackedWords * kWordBytes / kMaxSpan;
 constexpr int64_t kRowBlock = 16;  // rows whose outputs are written together
 

@@ -1,7 +1,6 @@
 // Matrix products of int8 rows with int8 rows. Sums are exact, so neither the order nor the kernel makes a difference.
 //
-// Few tokens: vectors along the rows, weights read once, at the speed of memory. Many: weights packed into panels for register
-// tiles.
+// Few tokens: one weight row at a time, read at the speed of memory. Many: panels of weights for register tiles.
 
 #include "int8.h"
 
@@ -123,10 +122,6 @@ void int8_gemm(const Int8Gemm& a, int64_t first, int64_t last) {
       return few_tokens<5>(a, first, last);
     case 6:
       return few_tokens<6>(a, first, last);
-    case 7:
-      return few_tokens<7>(a, first, last);
-    case 8:
-      return few_tokens<8>(a, first, last);
 #endif
     default:
       Int8Product product{a, 0, {}};

@@ -115,11 +115,12 @@ struct TokenWords {
   int64_t stride;
 };
 
-// Lines of memory to fetch while tiles are computed: `lines` of each of kPackedRows rows, which are `stride` bytes apart.
+// Lines of memory to fetch while tiles are computed, for the next panel: `lines` of each of kPackedRows rows, which are `stride`
+// bytes apart. Packing would else wait for memory, and memory for the products. They go to the second cache: the first is full.
 struct Ahead {
   const char* first;
   int64_t stride, lines;
-  int64_t at_once;  // lines to ask for at each word of a tile
+  int64_t at_once;  // lines to ask for at each word of a tile: more where few tokens make few tiles
   int64_t row = 0, line = 0;
 
   void fetch() {
@@ -220,7 +221,7 @@ struct PanelTiles {
   }
 };
 
-// Rows beyond `rows` repeat the last, and nobody reads their sums.
+// Rows beyond `rows` repeat the last, up to whole vectors; vectors beyond those keep what they have. Nobody reads their sums.
 template <class Product>
 inline void pack_panel(const Product& product, int64_t row, int64_t rows, int64_t k, int64_t width, uint32_t* buffer,
                        uint32_t* panel) {
