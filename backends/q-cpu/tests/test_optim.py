@@ -171,14 +171,17 @@ class State8bit:
 
     def decoded(self, blocksize: int = 256) -> States:
         return {
-            s: BOOKS[s][codes.long()] * self.absmax[s].repeat_interleave(blocksize)[: codes.numel()] for s, codes in self.codes.items()
+            s: BOOKS[s][codes.long()] * self.absmax[s].repeat_interleave(blocksize)[: codes.numel()]
+            for s, codes in self.codes.items()
         }
 
     def tensors(self) -> list[Tensor]:
         return [*self.codes.values(), *self.absmax.values()]
 
 
-def step_8bit(rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State8bit], step: int, blocksize: int = 256) -> None:
+def step_8bit(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State8bit], step: int, blocksize: int = 256
+) -> None:
     held = [[state.codes[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
     scales = [[state.absmax[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
     optim.optimizer_step_8bit(rule.name, params, grads, *held, *scales, SIGNED, UNSIGNED, *rule.arguments(step), blocksize)

@@ -112,8 +112,7 @@ inline __m512i decode_half(__m512i codes, int half, __m512i tables) {
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
   __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(_mm512_load_si512(kWords[half]), codes), shifts);
   if (!kOneBlock) {  // the second half of the lanes looks up in the second block's table
-    const __m512i second = _mm512_zextsi256_si512(_mm256_set1_epi16(0));
-    const __m512i upper = _mm512_inserti64x4(second, _mm256_set1_epi16(16), 1);
+    const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), upper, 0xea);  // (index & 15) | upper
   }
   return _mm512_permutexvar_epi16(index, tables);
