@@ -171,14 +171,17 @@ class State8bit:
 
     def decoded(self, blocksize: int = 256) -> States:
         return {
-            s: BOOKS[s][codes.long()] * self.absmax[s].repeat_interleave(blocksize)[: codes.numel()] for s, codes in self.codes.items()
+            s: BOOKS[s][codes.long()] * self.absmax[s].repeat_interleave(blocksize)[: codes.numel()]
+            for s, codes in self.codes.items()
         }
 
     def tensors(self) -> list[Tensor]:
         return [*self.codes.values(), *self.absmax.values()]
 
 
-def step_8bit(rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State8bit], step: int, blocksize: int = 256) -> None:
+def step_8bit(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State8bit], step: int, blocksize: int = 256
+) -> None:
     held = [[state.codes[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
     scales = [[state.absmax[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
     optim.optimizer_step_8bit(rule.name, params, grads, *held, *scales, SIGNED, UNSIGNED, *rule.arguments(step), blocksize)
@@ -200,21 +203,25 @@ def assert_close(found: Tensor, expected: Tensor, terms: Tensor, roundings: floa
     assert ((found.double() - expected).abs() <= bound).all()
 
 
-def cancellation(before: Tensor, g: Tensor, rule: Rule) -> Tensor:
-    """By how much the relative error of a gradient grows where coupled weight decay cancels it, in a rule that divides by its size.
+def update_terms(before: Tensor, g: Tensor, rule: Rule) -> Tensor:
+    """What the terms of an update over sqrt(v) may come to, where they cancel each other.
 
-    An update over sqrt(v) is at most 1 / sqrt(1 - beta2) (arXiv 1412.6980, 2.1).
+    Such an update is at most 1 / sqrt(1 - beta2) (arXiv 1412.6980, 2.1); coupled weight decay that cancels the gradient makes the
+    relative error of both as much larger.
     """
+    largest = torch.full(g.shape, (1 + rule.alpha) / math.sqrt(1 - rule.beta2), dtype=torch.float64)
+    if "state2" not in rule.states:
+        return torch.zeros_like(largest)
     if rule.name not in ("adam", "rmsprop", "adagrad"):
-        return torch.zeros(g.shape, dtype=torch.float64)
+        return largest
     terms = torch.stack((g.double(), rule.weight_decay * before.double()))
-    return terms.abs().sum(0) / terms.sum(0).abs().clamp(min=1e-30) / math.sqrt(1 - rule.beta2)
+    return largest * terms.abs().sum(0) / terms.sum(0).abs().clamp(min=1e-30)
 
 
 def assert_parameters(found: Tensor, before: Tensor, expected: Tensor, g: Tensor, rule: Rule, states: States) -> None:
     # Norms are of as many terms as there are elements, and scale every update.
     roundings = 32 if rule.name in WHOLE_TENSOR_RULES else 8
-    terms = before.double().abs() + (expected - before.double()).abs() + rule.lr * cancellation(before, g, rule)
+    terms = before.double().abs() + (expected - before.double()).abs() + rule.lr * update_terms(before, g, rule)
     if rule.name == "lion":  # where the sign hangs on a rounding, either is right
         averaged = torch.stack((rule.beta1 * states["state1"].double(), (1 - rule.beta1) * g.double()))
         decided = averaged.sum(0).abs() > 8 * EPS * averaged.abs().sum(0)
@@ -241,7 +248,7 @@ def test_32bit_steps_follow_the_formulas(rule, numel, dtype, seed):
         step_32bit(rule, [p], [g], [states], step)
         for s, found in states.items():
             size = 1 + g.double().abs() + before.double().abs() + old[s].abs()
-            assert_close(found, exact[s], size * size + exact[s].abs() + cancellation(before, g, rule), 16)
+            assert_close(found, exact[s], size * size + exact[s].abs() + update_terms(before, g, rule), 16)
         assert_parameters(p, before, expected, g, rule, old)
 
 

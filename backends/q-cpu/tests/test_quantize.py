@@ -132,13 +132,17 @@ def e4m3_scales(absmax: Tensor) -> Tensor:
 
 
 SCALES = {"absmax": lambda absmax: absmax, "e8m0": power_of_two_scales, "e4m3": e4m3_scales}
-FOUR_BIT_CASES = [(name, size) for name, book in FOUR_BIT_BOOKS.items() for size in book.blocksizes if size in (16, 32, 64, 256, 4096)]
+FOUR_BIT_CASES = [
+    (name, size) for name, book in FOUR_BIT_BOOKS.items() for size in book.blocksizes if size in (16, 32, 64, 256, 4096)
+]
 
 
 @pytest.mark.parametrize(("quant_type", "blocksize"), FOUR_BIT_CASES)
 def test_4bit_codes_are_exact(quant_type, blocksize, encode_blocks):
     values, ordered = four_bit_book(quant_type)
-    tiny = (torch.rand(64, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1) * torch.exp2(torch.linspace(-149, 127, 64))[:, None]
+    tiny = (torch.rand(64, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1) * torch.exp2(torch.linspace(-149, 127, 64))[
+        :, None
+    ]
     poisoned = mixed_magnitudes(5, (64, 100))
     poisoned[3, 7], poisoned[20, 50], poisoned[40] = math.nan, -math.inf, 0
     for A in (

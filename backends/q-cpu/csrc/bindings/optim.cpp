@@ -233,8 +233,8 @@ void optimizer_step_8bit(const std::string& name, const py::sequence& params, co
   run_step(a, h, kernels().optim->step_8bit, kernels().optim->norms_8bit, tensors);
 }
 
-void optimizer_step_32bit(const std::string& name, const py::sequence& params, const py::sequence& grads, const py::sequence& state1,
-                          const py::sequence& state2, const py::sequence& state3, double lr, double beta1, double beta2,
+void optimizer_step_32bit(const std::string& name, const py::sequence& params, const py::sequence& grads,
+                          const py::sequence& state1, const py::sequence& state2, const py::sequence& state3, double lr, double beta1, double beta2,
                           double beta3, double alpha, double eps, double weight_decay, double dampening, bool nesterov,
                           double trust_coefficient, int64_t step) {
   constexpr const char* op = "optimizer_step_32bit";

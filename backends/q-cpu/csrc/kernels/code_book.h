@@ -25,9 +25,9 @@ struct ValueTable {
   alignas(kTableAlignment) uint8_t planes[4][kBookSize];
 };
 
-// The code of a magnitude in 0…1 by a straight line for each binade, or by two that meet at `boundary`, as entries within a decade of
-// a dynamic map are evenly spaced. In 16 bits: 5 of the exponent, 8 of the mantissa make the key of a magnitude; the line's value, cut
-// to an integer, is its code or the one below it, so that one comparison with a midpoint is left.
+// The code of a magnitude in 0…1 by a straight line for each binade, or by two that meet at `boundary`, as entries within a decade
+// of a dynamic map are evenly spaced. In 16 bits: 5 of the exponent, 8 of the mantissa make the key of a magnitude; the line's
+// value, cut to an integer, is its code or the one below it, so that one comparison with a midpoint is left.
 //
 // A signed map mirrors itself about its zero_code: the code of -s is zero_code minus that of s, where a tie goes to the higher
 // magnitude. Bit patterns rotated left by one, so that the sign is last and lifts a tie, make one comparison of both. There a key

@@ -31,13 +31,18 @@ inline __m256i encode_nibbles_64(const float* x, const __m512* factors, const Fo
   return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));
 }
 
-// Encodes the blocks of a group, or returns false where one of them has no ordinary reciprocal of its scale.
+// The scales of a group's blocks.
+struct GroupScales {
+  __m512 factors[4];  // their reciprocals, for each 16 elements
+  bool ordinary;      // all of them have one
+};
+
 template <int kBlocks>
-inline bool encode_group(const float* x, const FourBitBook& book, float tensor_scale, float* absmax, uint8_t* packed) {
+inline GroupScales find_scales(const float* x, const FourBitBook& book, float tensor_scale, float* absmax) {
   constexpr int kParts = 4 / kBlocks;
   const __m512i magnitude = _mm512_set1_epi32(static_cast<int32_t>(kMagnitude));
-  __m512 factors[4];
-  bool ordinary = true;
+  GroupScales result;
+  result.ordinary = true;
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) {
     __m512i largest = _mm512_setzero_si512();
@@ -47,23 +52,28 @@ inline bool encode_group(const float* x, const FourBitBook& book, float tensor_s
       largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + 16 * part), magnitude));
     }
     absmax[block] = stored_scale(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)), book, tensor_scale);
-    ordinary &= absmax[block] >= kSmallestNormal && is_scalable(bits_of(absmax[block]));
+    result.ordinary &= absmax[block] >= kSmallestNormal && is_scalable(bits_of(absmax[block]));
     const __m512 factor = _mm512_set1_ps(1.0f / absmax[block]);
 #pragma GCC unroll 4
-    for (int part = block * kParts; part < (block + 1) * kParts; ++part) factors[part] = factor;
+    for (int part = block * kParts; part < (block + 1) * kParts; ++part) result.factors[part] = factor;
   }
-  if (!ordinary) return false;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), encode_nibbles_64(x, factors, book));
-  return true;
+  return result;
 }
 
-// Encodes groups of whole blocks from the beginning of `count` elements on, as far as they are ordinary; returns how many elements.
+// Encodes groups of whole blocks from the beginning of `count` elements on, as far as their scales are ordinary; returns how many
+// elements. The scales of a group, a long chain of dependent steps, are begun before the group ahead of it is encoded.
 template <int kBlocks>
 inline int64_t encode_blocks(const float* x, int64_t count, const FourBitBook& book, float tensor_scale, float* absmax,
                              uint8_t* packed) {
+  if (count < kGroup) return 0;
+  GroupScales ahead = find_scales<kBlocks>(x, book, tensor_scale, absmax);
   int64_t i = 0;
-  while (i + kGroup <= count && encode_group<kBlocks>(x + i, book, tensor_scale, absmax + i / kGroup * kBlocks, packed + i / 2)) {
-    i += kGroup;
+  while (i + kGroup <= count && ahead.ordinary) {
+    const GroupScales current = ahead;
+    const int64_t next = i + kGroup;
+    if (next + kGroup <= count) ahead = find_scales<kBlocks>(x + next, book, tensor_scale, absmax + next / kGroup * kBlocks);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), encode_nibbles_64(x + i, current.factors, book));
+    i = next;
   }
   return i;
 }
@@ -112,8 +122,7 @@ inline __m512i decode_half(__m512i codes, int half, __m512i tables) {
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
   __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(_mm512_load_si512(kWords[half]), codes), shifts);
   if (!kOneBlock) {  // the second half of the lanes looks up in the second block's table
-    const __m512i second = _mm512_zextsi256_si512(_mm256_set1_epi16(0));
-    const __m512i upper = _mm512_inserti64x4(second, _mm256_set1_epi16(16), 1);
+    const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), upper, 0xea);  // (index & 15) | upper
   }
   return _mm512_permutexvar_epi16(index, tables);

@@ -15,7 +15,7 @@ constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
 
 // How far ahead parameters are fetched. Gradients are while they are looked through; parameters while states are encoded, so that
 // memory has work all the time.
-constexpr int64_t kElementsAhead = 1024;
+constexpr int64_t kElementsAhead = 640;
 
 // Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
 constexpr int64_t kBuffer = kMaxBlocksize + 80;

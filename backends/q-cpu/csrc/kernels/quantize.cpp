@@ -139,6 +139,9 @@ void dequantize_blockwise(const DequantizeBlockwise& a, int64_t first, int64_t l
     decode_block(a.codes + begin, count, *a.table, a.absmax[block], out);
     store(out, count, a.out, a.dtype, begin);
   }
+#if defined(__AVX512VBMI__)
+  if (streamed) _mm_sfence();
+#endif
 }
 
 // Blocks taken at a time: enough of small ones to fill several vectors.
@@ -234,7 +237,8 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
 
 extern const QuantizeKernels quantize_kernels;
 const QuantizeKernels quantize_kernels = {
-    quantize_blockwise, dequantize_blockwise, find_absmax, quantize_4bit, dequantize_4bit, find_outlier_columns, quantize_int8_rowwise,
+    quantize_blockwise, dequantize_blockwise, find_absmax,          quantize_4bit,
+    dequantize_4bit,    find_outlier_columns, quantize_int8_rowwise,
 };
 
 }  // namespace q_cpu::Q_CPU_LEVEL

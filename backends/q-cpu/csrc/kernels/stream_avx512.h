@@ -42,11 +42,5 @@ inline __m256i narrowed(__m512 values) {
   return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-// 32 floats to 16 bits each.
-template <Float kOut>
-inline __m512i narrowed_pair(__m512 first, __m512 second) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed<kOut>(first)), narrowed<kOut>(second), 1);
-}
-
 }  // namespace
 }  // namespace q_cpu::Q_CPU_LEVEL
