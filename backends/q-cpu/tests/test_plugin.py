@@ -83,7 +83,9 @@ def test_4bit_books_are_checked():
             native.register_4bit("broken", values, ordered)
 
 
-@pytest.mark.parametrize("source", ["quantize.cpp", "gemm.cpp", "optim.cpp", "attention.cpp", "kv_cache.cpp", "norm.cpp", "table.cpp"])
+@pytest.mark.parametrize(
+    "source", ["quantize.cpp", "gemm.cpp", "optim.cpp", "attention.cpp", "kv_cache.cpp", "norm.cpp", "table.cpp"]
+)
 def test_sources_compiled_once_a_level_include_no_std(source):
     """An inline function of std compiled with AVX flags could be the copy that the linker keeps for the baseline."""
     allowed = {"stddef.h", "stdint.h", "string.h", "immintrin.h"}
