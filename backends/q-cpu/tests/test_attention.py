@@ -47,7 +47,14 @@ class Sequences:
 
 
 def sequences(
-    lengths: tuple[int, ...], dtype: torch.dtype, codes: torch.dtype | None = None, *, H: int = 4, G: int = 2, D: int = 16, S: int = 16
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    codes: torch.dtype | None = None,
+    *,
+    H: int = 4,
+    G: int = 2,
+    D: int = 16,
+    S: int = 16,
 ) -> Sequences:
     """Random ones; slots that hold no token are NaN."""
     widths = [math.ceil(length / S) for length in lengths]
@@ -70,7 +77,13 @@ def sequences(
 
 
 def by_hand(
-    case: Sequences, r: int, first: int, causal: bool = True, window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None
+    case: Sequences,
+    r: int,
+    first: int,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The queries of a request from `first` on, over the cache as decoded, in float64."""
     blocks = case.tables[r, : math.ceil(case.lengths[r] / case.caches[0].shape[2])].long()

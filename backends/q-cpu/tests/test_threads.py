@@ -62,7 +62,9 @@ def every_kernel() -> Iterator[Tensor]:
     yield from norm.add_rms_norm(A, A.flip(0), A[0], 1e-6)
     yield norm.silu_and_mul(A[:, :1030])
     heads = A[:512, :1024].unflatten(1, (16, 64))
-    yield from norm.rotary_embedding(heads, heads[:, :4], torch.arange(512), A[:, :32].contiguous(), A[:, 32:64].contiguous(), False)
+    yield from norm.rotary_embedding(
+        heads, heads[:, :4], torch.arange(512), A[:, :32].contiguous(), A[:, 32:64].contiguous(), False
+    )
     yield from attention_outputs(heads.bfloat16())
 
 

@@ -12,10 +12,14 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int kPanelRows = 6;  // with kPanelVectors, as many sums as the registers hold
+// Rows of a panel, and vectors of its columns that are summed at a time: as many sums as the registers hold.
 #if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
+constexpr int kPanelRows = 8;
+template <int Rows>
+constexpr int kPanelVectors = Rows > 6 ? 2 : 4;
 #else
+constexpr int kPanelRows = 6;
+template <int Rows>
 constexpr int kPanelVectors = 2;
 #endif
 constexpr int64_t kKeyTile = 32;  // keys packed together
@@ -194,8 +198,9 @@ template <class Tile, int Rows, bool kAccumulate>
 inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth, float* c,
                           Ahead& ahead) {
   int64_t column = 0;
-  for (; column + kPanelVectors * kLanes <= columns; column += kPanelVectors * kLanes) {
-    multiply_block<Tile, Rows, kPanelVectors, kAccumulate>(a, a_stride, b + column, columns, depth, c + column, columns, ahead);
+  constexpr int kVectors = kPanelVectors<Rows>;
+  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
+    multiply_block<Tile, Rows, kVectors, kAccumulate>(a, a_stride, b + column, columns, depth, c + column, columns, ahead);
   }
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
     multiply_block<Tile, Rows, 2, kAccumulate>(a, a_stride, b + column, columns, depth, c + column, columns, ahead);
@@ -209,7 +214,6 @@ inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int6
 template <class Tile, bool kAccumulate>
 inline void multiply_panel(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth, float* c,
                            Ahead& ahead) {
-  static_assert(kPanelRows == 6);
   switch (rows) {
     case 1:
       return multiply_rows<Tile, 1, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
@@ -221,6 +225,12 @@ inline void multiply_panel(int64_t rows, const float* a, int64_t a_stride, const
       return multiply_rows<Tile, 4, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
     case 5:
       return multiply_rows<Tile, 5, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
+    case 6:
+      return multiply_rows<Tile, 6, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
+#if defined(__AVX512F__)
+    case 7:
+      return multiply_rows<Tile, 7, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
+#endif
     default:
       return multiply_rows<Tile, kPanelRows, kAccumulate>(a, a_stride, b, columns, depth, c, ahead);
   }

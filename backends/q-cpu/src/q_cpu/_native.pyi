@@ -1,8 +1,9 @@
 """The native module. Private: :mod:`q_cpu.runtime` sets it up, the families' modules call it.
 
 Every function checks every argument and raises ``TypeError`` or ``ValueError`` that names op, argument, got and expected. Tensors are
-contiguous CPU tensors, but for those in the norm and attention families whose sizes are given too, which need a contiguous last axis only; those named ``out``, ``codes``, ``packed``, ``q``, ``absmax`` and ``outliers`` of a quantizing function are written
-to, as are parameters and states.
+contiguous CPU tensors; of the norm family's ``x`` and ``residual``, and of all [T, H, D] and [T, G, D] that are read, only the last axis
+has to be. Those named ``out``, ``total``, ``codes``, ``packed``, ``q``, ``absmax`` and ``outliers`` of a quantizing function are written
+to, as are ``q_out``, ``k_out``, ``dst``, caches and scales of ``write_kv``, parameters and states. Caches of float8 come as uint8.
 """
 
 from collections.abc import Callable, Sequence

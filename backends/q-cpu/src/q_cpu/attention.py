@@ -38,9 +38,10 @@ def write_kv(
     v_scale_BGS: Tensor | None,
 ) -> None:
     """Write new keys and values into their slots of the paged cache."""
+    B, G, S, D = k_cache_BGSD.shape
     native.write_kv(
         with_contiguous_last_axis(k_TGD), with_contiguous_last_axis(v_TGD), _readable(k_cache_BGSD), _readable(v_cache_BGSD),
-        slot_mapping.contiguous(), k_scale_BGS, v_scale_BGS, k_TGD.shape[0], *k_cache_BGSD.shape,
+        slot_mapping.contiguous(), k_scale_BGS, v_scale_BGS, k_TGD.shape[0], B, G, S, D,
     )  # fmt: skip
 
 
@@ -63,13 +64,13 @@ def paged_attention(
     v_scale_BGS: Tensor | None,
 ) -> Tensor:
     """Attend over a paged cache; a query's result doesn't depend on what else is in the call, nor on how its request came in parts."""
-    T, H, _ = q_THD.shape
+    (T, H, D), (R, M), (B, G, S, _) = q_THD.shape, block_tables.shape, k_cache_BGSD.shape
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     native.paged_attention(
         with_contiguous_last_axis(q_THD), _readable(k_cache_BGSD), _readable(v_cache_BGSD), block_tables.contiguous(),
         query_start.contiguous(), seq_lens.contiguous(), max_query_len, max_seq_len, scale, causal, window or 0, softcap or 0.0,
-        None if sinks_H is None else sinks_H.contiguous(), k_scale_BGS, v_scale_BGS, T, H, *block_tables.shape,
-        *k_cache_BGSD.shape, out,
+        None if sinks_H is None else sinks_H.contiguous(), k_scale_BGS, v_scale_BGS, T, H, R, M,
+        B, G, S, D, out,
     )  # fmt: skip
     return out
 

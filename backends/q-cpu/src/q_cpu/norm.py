@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide by the root mean square of the last axis, times a weight."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
-    native.rms_norm(rows, weight.contiguous(), eps, *rows.shape, out)
+    native.rms_norm(rows, weight.contiguous(), eps, rows.shape[0], rows.shape[1], out)
     return out
 
 
@@ -43,7 +43,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """Add a residual, then ``rms_norm``: the normed sum and the sum."""
     rows = _rows(x)
     total, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    native.add_rms_norm(rows, _rows(residual), weight.contiguous(), eps, *rows.shape, total, out)
+    native.add_rms_norm(rows, _rows(residual), weight.contiguous(), eps, rows.shape[0], rows.shape[1], total, out)
     return out, total
 
 
@@ -52,10 +52,11 @@ def rotary_embedding(
     q_THD: Tensor, k_TGD: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions."""
+    (T, H, D), G, (P, F) = q_THD.shape, k_TGD.shape[1], cos.shape
     q, k = torch.empty(q_THD.shape, dtype=q_THD.dtype), torch.empty(k_TGD.shape, dtype=k_TGD.dtype)
     native.rotary_embedding(
         with_contiguous_last_axis(q_THD), with_contiguous_last_axis(k_TGD), positions.contiguous(), cos.contiguous(),
-        sin.contiguous(), interleaved, *q_THD.shape[:2], *k_TGD.shape[1:], *cos.shape, q, k,
+        sin.contiguous(), interleaved, T, H, G, D, P, F, q, k,
     )  # fmt: skip
     return q, k
 
