@@ -25,6 +25,7 @@ void gemm(py::handle x, py::handle w, int64_t T, int64_t N, int64_t K, py::handl
       K,
       result.data<void>(),
       result.dtype(),
+      result.dtype(),
   };
   if (result.numel() == 0) return;
   const auto kernel = kernels().gemm->gemm;
@@ -48,6 +49,7 @@ void gemm_4bit(py::handle x, py::handle packed, py::handle absmax, int64_t block
       N,
       K,
       result.data<void>(),
+      result.dtype(),
       result.dtype(),
   };
   if (result.numel() == 0) return;

@@ -62,6 +62,7 @@ void gemm_int8_weight(py::handle x, py::handle w, py::handle w_scale, int64_t T,
       K,
       result.data<void>(),
       result.dtype(),
+      result.dtype(),
   };
   if (result.numel() == 0) return;
   for_rows(op, args, kernels().int8->gemm_int8_weight);

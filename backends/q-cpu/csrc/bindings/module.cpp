@@ -33,4 +33,5 @@ PYBIND11_MODULE(_native, m) {
   bind_int8(m);
   bind_attention(m);
   bind_norm(m);
+  bind_moe(m);
 }

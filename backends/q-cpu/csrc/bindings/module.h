@@ -12,5 +12,6 @@ void bind_optim(pybind11::module_& module);
 void bind_int8(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_norm(pybind11::module_& module);
+void bind_moe(pybind11::module_& module);
 
 }  // namespace q_cpu

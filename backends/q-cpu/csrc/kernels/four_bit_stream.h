@@ -216,7 +216,7 @@ inline void stream_tokens(const Product& a, const FourBitWeight& w, int64_t row_
     for (int t = 0; t < Tokens; ++t) {
       float values[kStreamRows];
       for (int64_t r = 0; r < rows; ++r) values[r] = _mm512_reduce_add_ps(sums[r][t]) + (bias ? bias[r] : 0.0f);
-      store(values, rows, a.out_TN, a.dtype, t * a.N + row);
+      store(values, rows, a.out_TN, a.out_dtype, t * a.N + row);
     }
   }
 }

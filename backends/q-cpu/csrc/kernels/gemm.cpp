@@ -37,7 +37,7 @@ inline void multiply_decoded(const Product& a, const FourBitWeight& w, int64_t f
 }
 
 void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
-  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype};
+  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype, a.out_dtype};
   const FourBitWeight w{a.packed, a.absmax, a.book, a.blocksize, __builtin_ctzll(static_cast<uint64_t>(a.blocksize)), a.K};
 #if defined(__AVX512BF16__)
   if (can_stream(product)) return stream_4bit(product, w, first, last);
@@ -77,7 +77,7 @@ struct DenseRows {
 template <class X>
 inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
   typedef Products<typename PackedAs<X>::Number, X> P;
-  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype};
+  const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype, a.out_dtype};
   multiply_panels<P, X>(product, first, last, DenseRows<P>{static_cast<const X*>(a.w_NK), a.K});
 }
 

@@ -13,7 +13,8 @@ struct Gemm {
   const void* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;
-  Float dtype;  // of x, w, bias and out
+  Float dtype;  // of x, w and bias
+  Float out_dtype;
 };
 
 struct Gemm4bit {
@@ -25,7 +26,8 @@ struct Gemm4bit {
   const void* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;
-  Float dtype;  // of x, bias and out
+  Float dtype;  // of x and bias
+  Float out_dtype;
 };
 
 struct GemmKernels {

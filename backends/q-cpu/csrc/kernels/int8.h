@@ -26,13 +26,14 @@ struct Int8Gemm {
 };
 
 struct GemmInt8Weight {
-  const void* x_TK;  // of `dtype`
+  const void* x_TK;
   const int8_t* w_NK;
   const float* w_scale_N;
   const float* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;
-  Float dtype;
+  Float dtype;  // of x
+  Float out_dtype;
 };
 
 // The values of a 4-bit book as integers: values[code] * unit, exactly where the book allows it, else rounded to 127ths.

@@ -49,7 +49,7 @@ inline void write_outputs(const GemmInt8Weight& a, int64_t token, int64_t row, i
   if (a.bias_N) {
     for (int64_t r = 0; r < rows; ++r) out[r] += a.bias_N[row + r];
   }
-  store(out, rows, a.out_TN, a.dtype, token * a.N + row);
+  store(out, rows, a.out_TN, a.out_dtype, token * a.N + row);
 }
 
 // Products in float32.

@@ -25,6 +25,7 @@ struct OptimKernels;
 struct Int8Kernels;
 struct AttentionKernels;
 struct NormKernels;
+struct MoeKernels;
 
 struct Kernels {
   const char* name;     // as in Q_CPU_ISA
@@ -35,6 +36,7 @@ struct Kernels {
   const Int8Kernels* int8;
   const AttentionKernels* attention;
   const NormKernels* norm;
+  const MoeKernels* moe;
 };
 
 }  // namespace q_cpu

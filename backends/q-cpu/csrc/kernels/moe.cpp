@@ -19,7 +19,7 @@ inline int64_t best_expert(const float* logits, const uint8_t* taken, int64_t E)
   return best;
 }
 
-// e^(x - largest) of all logits, in place of none: returns the sum.
+// The sum of e^(logit - largest).
 inline float sum_of_powers(const float* logits, int64_t E, float largest) {
   Vector sums = {};
   float rest = 0.0f;
@@ -29,11 +29,11 @@ inline float sum_of_powers(const float* logits, int64_t E, float largest) {
   return sum_lanes(sums) + rest;
 }
 
+// `taken` is zero before and after.
 void route_token(const RouteTopk& a, int64_t t, float* logits, uint8_t* taken) {
   const float* x = load(a.logits_TE, a.dtype, t * a.E, a.E, logits);
   float* weights = a.weights_Tk + t * a.k;
   int32_t* ids = a.ids_Tk + t * a.k;
-  memset(taken, 0, static_cast<size_t>(a.E));
   bool all_numbers = true;
   for (int64_t e = 0; e < a.E; ++e) all_numbers &= x[e] == x[e];
   for (int64_t j = 0; j < a.k; ++j) {
@@ -41,6 +41,7 @@ void route_token(const RouteTopk& a, int64_t t, float* logits, uint8_t* taken) {
     taken[best] = 1;
     ids[j] = static_cast<int32_t>(best);
   }
+  for (int64_t j = 0; j < a.k; ++j) taken[ids[j]] = 0;
   const float largest = x[ids[0]];
   const float whole = a.sigmoid ? 1.0f : sum_of_powers(x, a.E, largest);
   float sum = 0.0f;
@@ -57,7 +58,7 @@ void route_token(const RouteTopk& a, int64_t t, float* logits, uint8_t* taken) {
 
 void route_topk(const RouteTopk& a, int64_t first, int64_t last) {
   float logits[kMaxExperts];
-  uint8_t taken[kMaxExperts];
+  uint8_t taken[kMaxExperts] = {};
   for (int64_t t = first; t < last; ++t) route_token(a, t, logits, taken);
 }
 

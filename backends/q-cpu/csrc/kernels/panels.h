@@ -31,7 +31,8 @@ struct Product {
   const void* bias_N;  // or null
   int64_t T, N, K;
   void* out_TN;
-  Float dtype;  // of x, bias and out
+  Float dtype;  // of x and bias
+  Float out_dtype;
 };
 
 typedef float TileSums[kTileSums];
@@ -111,7 +112,7 @@ inline void write_sums(const Product& a, int64_t row, int64_t rows, int64_t toke
     const float* from = sums[t / kTileTokens] + t % kTileTokens * kTileRows;
     float values[kTileRows];
     for (int64_t r = 0; r < rows; ++r) values[r] = bias ? from[r] + bias[r] : from[r];
-    store(values, rows, a.out_TN, a.dtype, (token + t) * a.N + row);
+    store(values, rows, a.out_TN, a.out_dtype, (token + t) * a.N + row);
   }
 }
 

@@ -23,6 +23,6 @@ backend = Backend(
     surface_version=1,
     priority=100,
     probe=probe,
-    families=("q_cpu.quantize", "q_cpu.gemm", "q_cpu.int8", "q_cpu.optim", "q_cpu.attention", "q_cpu.norm"),
+    families=("q_cpu.quantize", "q_cpu.gemm", "q_cpu.int8", "q_cpu.optim", "q_cpu.attention", "q_cpu.norm", "q_cpu.moe"),
     summary="native kernels for CPUs (AVX-512, AVX2, any other)",
 )

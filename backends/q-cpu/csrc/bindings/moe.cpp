@@ -1,0 +1,224 @@
+// Mixtures of experts: tokens are brought to their experts, the experts' products are those of the gemm families, and the results are
+// brought back. Tokens are taken kTokensAtOnce at a time, which bounds what is kept between the steps.
+
+#include "moe.h"
+
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+#include "int8.h"
+#include "module.h"
+#include "norm.h"
+#include "state.h"
+#include "threads.h"
+
+namespace q_cpu {
+
+namespace {
+
+constexpr int64_t kTokensAtOnce = 1024;
+constexpr int64_t kRowsAtOnce = 64;  // of an expert's weight that a thread takes, and decodes if they are fp8
+
+void route_topk(py::handle logits, int64_t T, int64_t E, int64_t k, bool sigmoid, bool renormalize, py::handle weights,
+                py::handle ids) {
+  constexpr const char* op = "route_topk";
+  if (E < 1 || E > kMaxExperts) bad_value({op, "logits_TE"}, "has " + std::to_string(E) + " experts, expected 1 to 1024");
+  if (k < 1 || k > E) bad_value({op, "k"}, "is " + std::to_string(k) + ", expected 1 to " + std::to_string(E));
+  const int64_t chosen = checked_product(op, T, k);
+  const TensorView in = TensorView(logits, {op, "logits_TE"}).floating().sized(checked_product(op, T, E));
+  const RouteTopk args{
+      in.data<const void>(),
+      in.dtype(),
+      T,
+      E,
+      k,
+      sigmoid,
+      renormalize,
+      TensorView(weights, {op, "weights"}).of(Scalar::f32).sized(chosen).data<float>(),
+      TensorView(ids, {op, "ids"}).of(Scalar::i32).sized(chosen).data<int32_t>(),
+  };
+  const auto kernel = kernels().moe->route_topk;
+  parallel_for(T, E * k, [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+// The weights of all experts, [E, rows, columns] as the format holds them.
+class ExpertWeights {
+ public:
+  ExpertWeights(const char* op, const char* name, py::handle weight, py::handle scale, const std::string& format, Float dtype,
+                int64_t E, int64_t rows, int64_t columns, int64_t blocksize)
+      : dtype_(dtype), rows_(rows), columns_(columns), blocksize_(blocksize) {
+    const int64_t elements = checked_product(op, rows, columns);
+    const TensorView view(weight, {op, name});
+    const std::string scale_name = std::string(name) + "_scale";
+    int64_t scales = rows;
+    if (format == "dense") {
+      kind_ = Kind::dense;
+      stride_ = elements * (dtype == Float::f32 ? 4 : 2);
+      view.floating().sized(checked_product(op, E, elements));
+      if (view.dtype() != dtype) bad_type({op, name}, "has another dtype than x_TK");
+      scales = 0;
+    } else if (format == "int8" || format == "fp8") {
+      kind_ = format == "int8" ? Kind::int8 : Kind::fp8;
+      stride_ = elements;
+      view.of(kind_ == Kind::int8 ? Scalar::i8 : Scalar::u8).sized(checked_product(op, E, elements));
+    } else {
+      kind_ = Kind::four_bit;
+      book_ = &four_bit_book(op, format);
+      stride_ = elements / 2 + elements % 2;
+      scales = count_blocks(op, elements, blocksize, kMinFourBitBlocksize);
+      view.of(Scalar::u8).sized(checked_product(op, E, stride_));
+    }
+    data_ = view.data<const uint8_t>();
+    scales_ = scales;
+    if (scales > 0) {
+      scale_ = TensorView(scale, {op, scale_name.c_str()}).of(Scalar::f32).sized(checked_product(op, E, scales)).data<const float>();
+    }
+  }
+
+  // x [T, columns] times rows first…last of an expert, to out [T, rows].
+  void multiply(int64_t expert, const void* x, int64_t T, int64_t first, int64_t last, void* out, Float out_dtype) const {
+    const Kernels& k = kernels();
+    const uint8_t* data = data_ + expert * stride_;
+    const float* scale = scale_ + expert * scales_;
+    switch (kind_) {
+      case Kind::dense:
+        return k.gemm->gemm({x, data, nullptr, T, rows_, columns_, out, dtype_, out_dtype}, first, last);
+      case Kind::int8:
+        return k.int8->gemm_int8_weight(
+            {x, reinterpret_cast<const int8_t*>(data), scale, nullptr, T, rows_, columns_, out, dtype_, out_dtype}, first, last);
+      case Kind::four_bit:
+        return k.gemm->gemm_4bit({x, data, scale, book_, blocksize_, nullptr, T, rows_, columns_, out, dtype_, out_dtype}, first,
+                                 last);
+      case Kind::fp8:
+        return multiply_fp8(data, scale, x, T, first, last, out, out_dtype);
+    }
+  }
+
+ private:
+  enum class Kind { dense, int8, fp8, four_bit };
+
+  // Decodes some rows, and multiplies with them as with dense ones, placed so that the kernel finds row `begin` where it looks for it.
+  void multiply_fp8(const uint8_t* codes, const float* scale, const void* x, int64_t T, int64_t first, int64_t last, void* out,
+                    Float out_dtype) const {
+    const int64_t row_bytes = columns_ * (dtype_ == Float::f32 ? 4 : 2);
+    const std::unique_ptr<uint8_t[]> decoded(new uint8_t[static_cast<size_t>(kRowsAtOnce * row_bytes)]);
+    for (int64_t begin = first; begin < last; begin += kRowsAtOnce) {
+      const int64_t end = std::min(begin + kRowsAtOnce, last);
+      kernels().moe->decode_fp8({codes + begin * columns_, scale + begin, columns_, decoded.get(), dtype_}, 0, end - begin);
+      const auto origin = reinterpret_cast<uintptr_t>(decoded.get()) - static_cast<uintptr_t>(begin * row_bytes);
+      kernels().gemm->gemm({x, reinterpret_cast<const void*>(origin), nullptr, T, rows_, columns_, out, dtype_, out_dtype}, begin,
+                           end);
+    }
+  }
+
+  Kind kind_;
+  Float dtype_;
+  const FourBitBook* book_ = nullptr;
+  const uint8_t* data_ = nullptr;
+  const float* scale_ = nullptr;
+  int64_t rows_, columns_, blocksize_;
+  int64_t stride_ = 0;  // bytes from expert to expert
+  int64_t scales_ = 0;  // floats from expert to expert
+};
+
+// The pairs of a token and an expert, by expert, in the tokens' order.
+struct Pairs {
+  std::vector<int64_t> tokens;   // of each pair
+  std::vector<int64_t> of;       // the pair of each token and place among its experts; -1 where it is skipped
+  std::vector<int64_t> experts;  // that have pairs
+  std::vector<int64_t> starts;   // the first pair of each of them, and the end
+
+  Pairs(const int32_t* ids_Tk, int64_t T, int64_t k, int64_t E) : of(static_cast<size_t>(T * k), -1) {
+    std::vector<int64_t> next(static_cast<size_t>(E) + 1);
+    for (int64_t i = 0; i < T * k; ++i) {
+      if (ids_Tk[i] >= 0) ++next[static_cast<size_t>(ids_Tk[i]) + 1];
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      if (next[e + 1] > 0) {
+        experts.push_back(e);
+        starts.push_back(next[e]);
+      }
+      next[e + 1] += next[e];
+    }
+    starts.push_back(next[E]);
+    tokens.resize(static_cast<size_t>(next[E]));
+    for (int64_t i = 0; i < T * k; ++i) {
+      if (ids_Tk[i] < 0) continue;
+      of[i] = next[ids_Tk[i]]++;
+      tokens[of[i]] = i / k;
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(tokens.size()); }
+};
+
+// Shares the rows of all experts with pairs out, and multiplies each with its pairs: x [P, columns] to out [P, rows].
+void multiply_experts(const ExpertWeights& weights, const Pairs& pairs, int64_t rows, int64_t columns, const uint8_t* x,
+                      int64_t x_row_bytes, uint8_t* out, int64_t out_row_bytes, Float out_dtype) {
+  const int64_t pieces = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t experts = static_cast<int64_t>(pairs.experts.size());
+  parallel_for(experts * pieces, kRowsAtOnce * columns, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last;) {
+      const int64_t which = unit / pieces;
+      const int64_t end = std::min(last, (which + 1) * pieces);
+      const int64_t start = pairs.starts[which];
+      weights.multiply(pairs.experts[which], x + start * x_row_bytes, pairs.starts[which + 1] - start,
+                       (unit - which * pieces) * kRowsAtOnce, std::min(rows, (end - which * pieces) * kRowsAtOnce),
+                       out + start * out_row_bytes, out_dtype);
+      unit = end;
+    }
+  });
+}
+
+void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weights, py::handle topk_ids, const std::string& format,
+               int64_t T, int64_t K, int64_t N, int64_t E, int64_t k, py::handle w13_scale, py::handle w2_scale, int64_t blocksize,
+               py::handle out) {
+  constexpr const char* op = "fused_moe";
+  const TensorView in = TensorView(x, {op, "x_TK"}).floating().sized(checked_product(op, T, K));
+  const Float dtype = in.dtype();
+  const int64_t size = dtype == Float::f32 ? 4 : 2;
+  const ExpertWeights first_weights(op, "w13", w13, w13_scale, format, dtype, E, checked_product(op, 2, N), K, blocksize);
+  const ExpertWeights second_weights(op, "w2", w2, w2_scale, format, dtype, E, K, N, blocksize);
+  const int64_t chosen = checked_product(op, T, k);
+  const float* weights = TensorView(topk_weights, {op, "topk_weights"}).of(Scalar::f32).sized(chosen).data<const float>();
+  const int32_t* ids = TensorView(topk_ids, {op, "topk_ids"}).of(Scalar::i32).sized(chosen).data<const int32_t>();
+  for (int64_t i = 0; i < chosen; ++i) {
+    if (ids[i] >= E) bad_value({op, "topk_ids", i}, "is " + std::to_string(ids[i]) + ", expected at most " + std::to_string(E - 1));
+  }
+  uint8_t* result = TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<uint8_t>();
+  if (in.numel() == 0) return;
+
+  const Kernels& all = kernels();
+  const int64_t most = std::min(T, kTokensAtOnce) * k;
+  const auto buffer = [](int64_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(bytes)]); };
+  const auto tokens = buffer(most * K * size);
+  const auto gate_up = buffer(most * 2 * N * size);
+  const auto hidden = buffer(most * N * size);
+  const auto results = buffer(most * K * 4);
+  for (int64_t begin = 0; begin < T; begin += kTokensAtOnce) {
+    const int64_t count = std::min(kTokensAtOnce, T - begin);
+    const Pairs pairs(ids + begin * k, count, k, E);
+    const GatherTokens gather{in.data<const uint8_t>() + begin * K * size, pairs.tokens.data(), K * size, tokens.get()};
+    parallel_for(pairs.count(), K, [&](int64_t first, int64_t last) { all.moe->gather_tokens(gather, first, last); });
+    multiply_experts(first_weights, pairs, 2 * N, K, tokens.get(), K * size, gate_up.get(), 2 * N * size, dtype);
+    const SiluAndMul gate{gate_up.get(), 2 * N, N, hidden.get(), dtype};
+    parallel_for(pairs.count(), 2 * N, [&](int64_t first, int64_t last) { all.norm->silu_and_mul(gate, first, last); });
+    multiply_experts(second_weights, pairs, K, N, hidden.get(), N * size, results.get(), K * 4, Float::f32);
+    const CombineExperts combine{reinterpret_cast<const float*>(results.get()), pairs.of.data(), weights + begin * k, K, k,
+                                 result + begin * K * size, dtype};
+    parallel_for(count, K * k, [&](int64_t first, int64_t last) { all.moe->combine_experts(combine, first, last); });
+  }
+}
+
+}  // namespace
+
+void bind_moe(py::module_& m) {
+  m.def("route_topk", &route_topk, py::arg("logits_TE"), py::arg("T"), py::arg("E"), py::arg("k"), py::arg("sigmoid"),
+        py::arg("renormalize"), py::arg("weights"), py::arg("ids"));
+  m.def("fused_moe", &fused_moe, py::arg("x_TK"), py::arg("w13"), py::arg("w2"), py::arg("topk_weights"), py::arg("topk_ids"),
+        py::arg("format"), py::arg("T"), py::arg("K"), py::arg("N"), py::arg("E"), py::arg("k"), py::arg("w13_scale"),
+        py::arg("w2_scale"), py::arg("blocksize"), py::arg("out"));
+}
+
+}  // namespace q_cpu
