@@ -227,8 +227,12 @@ inline void stream_some(const Product& a, const FourBitWeight& w, int64_t first,
   return stream_tokens<S, X, Tokens, false>(a, w, first, last);
 }
 
-// Whether `stream` takes a product: rows must begin with a lane's codes.
-inline bool can_stream(const Product& a) { return a.T > 0 && a.T <= kStreamTokens && a.K % kLaneCodes == 0; }
+// Whether `stream` takes a product: rows must begin with a lane's codes, and more than one token's activations be put in order once.
+inline bool can_stream(const Product& a) {
+  if (a.T < 1 || a.T > kStreamTokens || a.K % kLaneCodes != 0) return false;
+  const int64_t number = a.dtype == Float::bf16 ? sizeof(StreamBf16::Number) : sizeof(StreamFloat::Number);
+  return a.T == 1 || a.K <= kOrderedBytes / (a.T * number) / kGroup * kGroup;
+}
 
 template <class S, class X>
 inline void stream(const Product& a, const FourBitWeight& w, int64_t first, int64_t last) {

@@ -32,7 +32,7 @@ def gemm(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply with a dense weight, by torch's own product where that is faster."""
     *leading, K = x_TK.shape
     T, N = math.prod(leading), w_NK.shape[0]
-    if T > _OWN_TOKENS[native.isa()][x_TK.dtype] or not w_NK.is_contiguous():
+    if _OWN_TOKENS[native.isa()][x_TK.dtype] < T or not w_NK.is_contiguous():
         return F.linear(x_TK, w_NK, bias)
     out = torch.empty(*leading, N, dtype=x_TK.dtype)
     native.gemm(x_TK.contiguous(), w_NK, T, N, K, None if bias is None else bias.contiguous(), out)
