@@ -10,39 +10,11 @@
 
 #include "attention.h"
 
-#include "attention_tile.h"
+#include "attention_keys.h"
 #include "kv_cache.h"
-#include "vector_math.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
-
-constexpr int kTileVectors = kKeyTile / kLanes;
-
-// Running softmax of a row: the largest score, and the sum of weights relative to it.
-struct RowSums {
-  float largest;
-  float sum;
-};
-
-// Columns of outputs and of packed values.
-inline int64_t columns_of(const PagedAttention& a) { return round_up(a.D, kLanes); }
-
-// Rows' outputs as yet without their division, [rows, columns], then their RowSums.
-inline int64_t state_size(const PagedAttention& a, int64_t rows) { return round_up(rows * (columns_of(a) + 2), 16); }
-
-struct States {
-  float* outputs;
-  RowSums* sums;
-
-  States(const PagedAttention& a, int64_t rows, float* memory)
-      : outputs(memory), sums(reinterpret_cast<RowSums*>(memory + rows * columns_of(a))) {}
-
-  void clear(const PagedAttention& a, int64_t rows) const {
-    memset(outputs, 0, static_cast<size_t>(rows * columns_of(a)) * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) sums[r] = {-__builtin_inff(), 0.0f};
-  }
-};
 
 // A thread's buffers.
 struct Scratch {
@@ -67,128 +39,6 @@ struct Scratch {
     return (kRowTile + 2 * kKeyTile + 1) * columns_of(a) + 2 * state_size(a, kRowTile);
   }
 };
-
-// What an item's rows see.
-struct Reach {
-  int64_t ratio;       // query heads a kv head
-  int64_t first_seen;  // position of the first query
-  int64_t seq_len;
-  bool causal;
-  int64_t window;
-
-  Reach(const PagedAttention& a, const AttentionItem& item) {
-    const int64_t queries = a.query_start[item.request + 1] - a.query_start[item.request];
-    ratio = a.H / a.G;
-    seq_len = a.seq_lens[item.request];
-    first_seen = seq_len - queries;
-    causal = a.causal;
-    window = a.window;
-  }
-
-  int64_t begin(int64_t row) const {
-    const int64_t start = first_seen + row / ratio + 1 - window;
-    return window == 0 || start < 0 ? 0 : start;
-  }
-  int64_t end(int64_t row) const { return causal ? first_seen + row / ratio + 1 : seq_len; }
-};
-
-// Slots of a tile's keys, numbered within all (block, kv head, offset); negative for those that are not to be read.
-struct TileSlots {
-  int64_t slot[kKeyTile];
-};
-
-// The slots of keys `tile`…`tile` + kKeyTile, as far as they are in begin…end.
-inline void find_slots(const PagedAttention& a, const AttentionItem& item, int64_t tile, int64_t begin, int64_t end, TileSlots* slots) {
-  const int32_t* table = a.block_tables + item.request * a.table_width;
-  int64_t i = tile < begin ? begin - tile : 0;
-  const int64_t last = smaller(kKeyTile, end - tile);
-  for (int64_t skipped = 0; skipped < i; ++skipped) slots->slot[skipped] = -1;
-  while (i < last) {
-    const int64_t offset = (tile + i) % a.S;
-    const int64_t first = (table[(tile + i) / a.S] * a.G + item.group) * a.S + offset;
-    const int64_t run = smaller(last - i, a.S - offset);
-    for (int64_t n = 0; n < run; ++n) slots->slot[i + n] = first + n;
-    i += run;
-  }
-  for (i = i < 0 ? 0 : i; i < kKeyTile; ++i) slots->slot[i] = -1;
-}
-
-// Factors of a tile's scores and weights, where the cache holds codes.
-struct Scales {
-  Vector key[kTileVectors];
-  Vector value[kTileVectors];
-};
-
-inline void read_scales(const PagedAttention& a, const TileSlots& slots, Scales* scales) {
-  if (a.format == CacheFormat::dense) return;
-  const float peak = a.format == CacheFormat::int8 ? 127.0f : 448.0f;
-  float key[kKeyTile], value[kKeyTile];
-  for (int64_t i = 0; i < kKeyTile; ++i) {
-    key[i] = slots.slot[i] < 0 ? 0.0f : a.k_scale_BGS[slots.slot[i]] / peak;
-    value[i] = slots.slot[i] < 0 ? 0.0f : a.v_scale_BGS[slots.slot[i]] / peak;
-  }
-  memcpy(scales->key, key, sizeof key);
-  memcpy(scales->value, value, sizeof value);
-}
-
-// Scores of a row outside of begin…end, counted from the tile's first key, become -infinity.
-inline void mask_scores(int64_t begin, int64_t end, Vector* scores) {
-  Vector lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
-  for (int v = 0; v < kTileVectors; ++v) {
-    const Vector key = lane + static_cast<float>(v * kLanes);
-    const Integers seen = (key >= static_cast<float>(begin)) & (key < static_cast<float>(end));
-    scores[v] = seen ? scores[v] : Vector{} - __builtin_inff();
-  }
-}
-
-// Weights relative to the largest score are 0 where there is no score as yet; subtracting its -infinity would give NaN.
-inline float shift_of(float largest) { return largest == -__builtin_inff() ? 0.0f : largest; }
-
-inline void scale_row(float* row, int64_t columns, float factor) {
-  for (int64_t c = 0; c < columns; c += kLanes) write(load_vector(row + c) * factor, row + c);
-}
-
-// total = total merged with what a later range gave.
-inline void merge_row(RowSums* total, float* total_outputs, const RowSums& range, const float* range_outputs, int64_t columns) {
-  const float largest = larger(range.largest, total->largest);
-  const float shift = shift_of(largest);
-  const float keep = exp2_scalar(total->largest - shift), add = exp2_scalar(range.largest - shift);
-  *total = {largest, total->sum * keep + range.sum * add};
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    write(load_vector(total_outputs + c) * keep + load_vector(range_outputs + c) * add, total_outputs + c);
-  }
-}
-
-inline void merge(const PagedAttention& a, int64_t rows, const States& total, const States& range) {
-  const int64_t columns = columns_of(a);
-  for (int64_t r = 0; r < rows; ++r) {
-    merge_row(&total.sums[r], total.outputs + r * columns, range.sums[r], range.outputs + r * columns, columns);
-  }
-}
-
-template <class T>
-void write_outputs(const PagedAttention& a, const AttentionItem& item, const States& states) {
-  const int64_t columns = columns_of(a), ratio = a.H / a.G;
-  for (int64_t r = 0; r < item.rows; ++r) {
-    const int64_t token = a.query_start[item.request] + (item.row + r) / ratio;
-    const int64_t head = item.group * ratio + (item.row + r) % ratio;
-    RowSums sums = states.sums[r];
-    float factor = 1.0f;
-    if (a.sinks_H != nullptr) {
-      const float sink = a.sinks_H[head] * 0x1.715476p0f;
-      const float largest = larger(sink, sums.largest);
-      factor = exp2_scalar(sums.largest - largest);
-      sums.sum = sums.sum * factor + exp2_scalar(sink - largest);
-    }
-    factor /= sums.sum;
-    const float* outputs = states.outputs + r * columns;
-    T* out = static_cast<T*>(a.out_THD) + (token * a.H + head) * a.D;
-    int64_t d = 0;
-    for (; d + kLanes <= a.D; d += kLanes) write(load_vector(outputs + d) * factor, out + d);
-    if (d < a.D) write_part(load_vector(outputs + d) * factor, out + d, a.D - d);
-  }
-}
 
 // Attention of activations Q over a cache of elements C, multiplied in a kind of tile.
 template <class Tile, class Q, class C>
