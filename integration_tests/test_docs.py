@@ -74,6 +74,17 @@ def test_an_op_has_a_page_with_all_of_its_contract(op: str, site: Site) -> None:
     assert headings[0] == op and {"Contract", "Arguments", "For a backend"} <= set(headings)
 
 
+@pytest.mark.parametrize("op", RECORDS)
+def test_an_ops_page_has_a_table_of_its_tensors(op: str) -> None:
+    record, page = RECORDS[op], operations.page(op)
+    for row in (*record.argument_rows(), *record.result_rows()):
+        formats = f" ({row.formats})" if row.formats else ""
+        start, axes = re.escape(f"| `{row.tensor}{row.place}`{formats} | "), re.escape(f" | `{row.operand.axes_text}` |")
+        line = re.search(f"^{start}.*{axes}.*$", page, re.MULTILINE)
+        assert line is not None and row.operand.dtype_text in line[0], row
+        assert (" | yes | " in line[0]) == row.mutated and ("| at " in line[0]) == (row.neutral is not None)
+
+
 def test_axes_are_those_of_the_legend() -> None:
     letters = operations.letters()
     assert letters["T"] == "tokens" and letters["G"] == "kv heads" and letters["S"] == "slots of a block"

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from q_core import hookspecs, ops
+from q_core import hookspecs
 from q_core.backend import SURFACE_VERSION
 from q_core.formats import codebooks
-from q_core.record import OpRecord
+from q_core.operand import Operand
+from q_core.record import OpRecord, Row
 from q_core.specs import RECORDS, bounds, record_of
 from reference_pages.docstrings import cell, inline, signature_of, to_markdown
 
 _LEGEND = re.compile(r"\b([A-Z]) ([a-z][a-z ]*?)(?=[,.])")
-_SHAPE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def names() -> list[str]:
@@ -73,20 +73,59 @@ def _float32(value: float) -> str:
 def page(op: str) -> str:
     """An op's page."""
     record = record_of(op)
-    function = getattr(ops, op)
+    function = record.public
     facts = "\n".join(f"| {name} | {text} |" for name, text in _facts(record))
     return (
         f"# {op}\n\n"
         f"{inline(record.summary)} Family: [{record.family}](index.md#{record.family}).\n\n"
         f"```python\nq_core.ops.{signature_of(function)}\n```\n\n"
-        f"## Contract\n\n{to_markdown(inspect.getdoc(function) or '', _link, heading='###')}\n\n"
+        f"## Contract\n\n{to_markdown(record.contract, _link, heading='###')}\n\n"
         f"## What holds for the family\n\n{_text(_module(record), _link)}\n\n"
         f"## For a backend\n\n"
         f"The function that serves it is marked with `@impl` and takes these arguments by name, in any order:\n\n"
         f"```python\n{signature_of(record.hook)}\n```\n\n"
+        f"{_tensors(record)}"
         f"| | |\n|---|---|\n{facts}\n\n"
         f"As a torch op: `{getattr(torch.ops.q, op).default._schema}`\n"
     )
+
+
+def _tensors(record: OpRecord) -> str:
+    """Tables of what goes in and what comes out, and how to read the axes."""
+    tables = [
+        ("argument | dtypes | axes | mutated | may be left out", [_argument(row) for row in record.argument_rows()]),
+        ("result | dtypes | axes", [_shown(row) for row in record.result_rows()]),
+    ]
+    parts = [
+        "\n".join([f"| {head} |", f"|{'---|' * (head.count('|') + 1)}", *(f"| {' | '.join(row)} |" for row in rows)])
+        for head, rows in tables
+        if rows
+    ]
+    axes = [row.operand.axes for row in (*record.argument_rows(), *record.result_rows())]
+    notes = ["A letter is one size throughout a call."]
+    if any("..." in of_one for of_one in axes):
+        notes.append("`...` is any number of axes, the same ones throughout.")
+    if any("numel" in of_one for of_one in axes):
+        notes.append("`numel` is the number of elements in them.")
+    if any(isinstance(record.operands[name], Operand) for name in record.lists):
+        notes.append("Each tensor of a list is taken with those at the same place in the other lists.")
+    if any(row.formats and row.tensor in record.optional for row in record.argument_rows()):
+        notes.append("A format that is not named has no such tensor: `None`.")
+    notes += [f"`{name}` is {f'({given})' if ', ' in given else f'`{given}`'}." for name, given in record.sizes.items()]
+    return "\n\n".join([*parts, " ".join(notes)]) + "\n\n"
+
+
+def _shown(row: Row) -> list[str]:
+    formats = f" ({row.formats})" if row.formats else ""
+    return [
+        f"`{row.tensor}{row.place}`{formats}",
+        f"{row.operand.dtype_text}{', or None' if row.optional else ''}",
+        f"`{row.operand.axes_text}`",
+    ]
+
+
+def _argument(row: Row) -> list[str]:
+    return [*_shown(row), "yes" if row.mutated else "", f"at `{row.neutral}`" if row.neutral is not None else ""]
 
 
 def _facts(record: OpRecord) -> Iterator[tuple[str, str]]:
@@ -114,11 +153,12 @@ def _gradient(record: OpRecord) -> str:
 
 
 def _letters_of(record: OpRecord) -> set[str]:
-    """Letters in the suffixes of its arguments and in the shapes of its documentation."""
-    used = {letter for name in record.arguments for letter in "".join(re.findall(r"_([A-Z]+)$", name))}
-    for shape in _SHAPE.findall(inspect.getdoc(getattr(ops, record.name)) or ""):
-        used.update(re.findall(r"\b[A-Z]\b", shape))
-    return used
+    """Letters in the suffixes of its arguments and in the axes that are declared."""
+    suffixes = [re.findall(r"_([A-Z]+)$", name) for name in record.arguments]
+    axes = [
+        re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", row.operand.axes) for row in (*record.argument_rows(), *record.result_rows())
+    ]
+    return {letter for found in (*suffixes, *axes) for letters in found for letter in letters}
 
 
 def _families() -> dict[str, list[OpRecord]]:

@@ -70,7 +70,14 @@ def test_ops(run: Run) -> None:
     assert run("ops")[0] == 0
     (op,) = json.loads(run("ops", "rms_norm", "--json")[1])
     assert op["op"] == "rms_norm" and "Root-mean-square norm" in op["contract"]
+    assert op["operands"][1] | {"text": ""} == {
+        "tensor": "weight", "formats": [], "dtypes": ["x"], "axes": "K", "flat": False,
+        "mutated": False, "optional": False, "neutral": None, "text": "",
+    }  # fmt: skip
+    assert [output["text"] for output in op["outputs"]] == ["that of x [..., K]"]
+    assert "w13_scale     float32 [E, 2N] (int8, fp8)\n" in run("ops", "fused_moe")[1]
     said = run("ops", "write_kv")[1]
+    assert "k_scale_BGS   float32 [B, G, S], or None, mutated\n" in said and "Results" not in said
     assert said.startswith("q::write_kv(Tensor k_TGD") and "attention: Attention over a paged KV cache." in said
     assert "Mutates: k_cache_BGSD, v_cache_BGSD, k_scale_BGS, v_scale_BGS.\nA backend may leave out: k_scale_BGS (None)" in said
     code, _, err = run("ops", "gemm_5bit")

@@ -46,6 +46,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("prepack_weight", {"format": "int9"}, ValueError, r"prepack_weight: format is 'int9', expected one of 'dense', 'int8'"),
     ("unpack_weight", {"tensors": []}, ValueError, r"unpack_weight: tensors has 0 tensors, expected 1 for a weight held as 'dense'"),
     ("optimizer_step_8bit", {"name": "adamx"}, ValueError, r"name is 'adamx', expected one of 'adam', 'adamw'"),
+    ("optimizer_step_8bit", {"code2": E(16)}, ValueError, r"code2 has shape \[16\], expected \[256\]"),
     ("optimizer_step_8bit", {"lr": -1.0}, ValueError, r"lr is -1.0"),
     ("optimizer_step_8bit", {"beta2": 1.0}, ValueError, r"beta2 is 1.0"),
     ("optimizer_step_8bit", {"step": 0}, ValueError, r"step is 0"),

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
+from collections.abc import Iterator
+from typing import Any
 
 import pluggy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from q_core import hookspecs, ops
 from q_core.backend import SURFACE_VERSION
+from q_core.operand import Operand
+from q_core.record import OpRecord
 from q_core.samples.make import Make
 from q_core.specs import RECORDS, record_of
-from q_core.testing.agreement import reference_function
+from q_core.specs.check import FLOATS, short
+from q_core.testing.agreement import tensors_of
+from q_core.testing.calls import calls as drawn_calls
+from q_core.testing.operands import departure
 
 SCHEMAS = {
     "quantize_blockwise": "(Tensor A, Tensor code, SymInt blocksize) -> (Tensor, Tensor)",
@@ -80,7 +90,7 @@ def test_hook(op: str) -> None:
 @pytest.mark.parametrize("op", RECORDS)
 def test_reference_check_and_fake_take_the_hooks_arguments(op: str) -> None:
     record = record_of(op)
-    for function in (reference_function(record), record.check, record.fake):
+    for function in (record.reference, record.check, record.fake):
         assert tuple(inspect.signature(function).parameters) == record.arguments
 
 
@@ -110,6 +120,126 @@ def test_samples_pass_their_own_check(op: str) -> None:
         for call in calls:
             assert set(call) == set(record.arguments)
             record.check(**call)
+
+
+DTYPES = (*FLOATS, torch.float64, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def sample_calls(record: OpRecord) -> Iterator[dict[str, Any]]:
+    return (call for dtype in FLOATS for call in record.samples(Make(), dtype))
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_every_tensor_is_declared_and_nothing_else(op: str) -> None:
+    record = record_of(op)
+    assert set(record.operands) == set(record.tensors)
+    assert set(record.sizes) <= set(record.arguments) - set(record.tensors)
+    returned = typing.get_type_hints(record.hook)["return"]
+    count = 0 if returned is type(None) else len(typing.get_args(returned)) if typing.get_origin(returned) is tuple else 1
+    assert len(record.outputs) == count
+    named = {
+        dtype for row in (*record.argument_rows(), *record.result_rows()) for dtype in row.operand.dtypes if isinstance(dtype, str)
+    }
+    assert named <= set(record.arguments)
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_samples_and_their_results_are_as_declared(op: str) -> None:
+    record = record_of(op)
+    for call in sample_calls(record):
+        results = record.fake(**call)
+        assert departure(record, call, results if isinstance(results, tuple) else (results,) if record.outputs else ()) is None
+
+
+@pytest.mark.parametrize("op", RECORDS)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_drawn_calls_are_as_declared(op: str, data: st.DataObject) -> None:
+    record = record_of(op)
+    assert departure(record, data.draw(drawn_calls(record))) is None
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_every_declared_dtype_occurs_in_a_sample(op: str) -> None:
+    record = record_of(op)
+    calls = list(sample_calls(record))
+    for row in record.argument_rows():
+        formats = row.formats.split(", ")
+        seen = {t.dtype for call in calls if not row.formats or call["format"] in formats for t in tensors_of(call[row.tensor])}
+        assert {dtype for dtype in row.operand.dtypes if isinstance(dtype, torch.dtype)} <= seen, row.tensor
+
+
+def altered(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The call with one of its tensors in another dtype, or with one of its axes longer."""
+    for name, value in call.items():
+        for i, tensor in enumerate(tensors_of(value)):
+            longer = [[size + (axis == at) for axis, size in enumerate(tensor.shape)] for at in range(tensor.dim())]
+            others = [tensor.to(dtype) for dtype in DTYPES if dtype != tensor.dtype] + [tensor.new_zeros(shape) for shape in longer]
+            for other in others:
+                yield call | {name: [*value[:i], other, *value[i + 1 :]] if isinstance(value, list) else other}
+
+
+def refuses(record: OpRecord, call: dict[str, Any]) -> bool:
+    try:
+        record.check(**call)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_what_is_not_as_declared_is_refused(op: str) -> None:
+    record = record_of(op)
+    refused = 0
+    for call in record.samples(Make(), torch.float32):
+        for bad in altered(call):
+            if said := departure(record, bad):
+                refused += 1
+                assert refuses(record, bad), said
+    assert refused
+
+
+def described(record: OpRecord) -> dict[str, str]:
+    """What the public function's documentation says of each argument."""
+    section = re.split(r"^(?:Args|Returns|Raises):$", record.contract, flags=re.MULTILINE)[1]
+    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def names_axes(text: str, operand: Operand) -> bool:
+    """A bracket with the same axes; of a flat operand the count; for any axes the word shape will do."""
+    return operand.axes in text if operand.flat else f"[{operand.axes}]" in text or (operand.axes == "..." and "shape" in text)
+
+
+@pytest.mark.parametrize("op", RECORDS)
+def test_the_documentation_names_the_same_dtypes_and_axes(op: str) -> None:
+    record = record_of(op)
+    texts = described(record)
+    for row in record.argument_rows():
+        text = texts[row.tensor]
+        assert names_axes(text, row.operand), f"{row.tensor}: {row.operand.axes_text} is not in {text!r}"
+        assert ("mutated" in text) == row.mutated, row.tensor
+        if not any(isinstance(dtype, str) for dtype in row.operand.dtypes):
+            assert all(short(dtype) in text for dtype in row.operand.dtypes if isinstance(dtype, torch.dtype)), row.tensor
+    for name, axes in record.sizes.items():
+        assert axes in texts[name] or (axes == "..." and "shape" in texts[name]), name
+    returned = re.split(r"^(?:Args|Returns|Raises):$", record.contract, flags=re.MULTILINE)[2:]
+    for row in record.result_rows():
+        assert row.formats or names_axes(returned[0], row.operand), f"{row.tensor}: {row.operand.axes_text}"
+
+
+def test_departures_are_found() -> None:
+    record = record_of("gemm_4bit")
+    call = next(record.samples(Make(), torch.float32))
+    assert departure(record, call) is None
+    for change, said in (
+        ({"x_TK": torch.zeros(2, 63)}, "where K is declared"),
+        ({"absmax": torch.zeros(3)}, r"where ceil(N * K / blocksize) is declared"),
+        ({"packed": torch.zeros(9, dtype=torch.int8)}, "packed is torch.int8, declared is uint8"),
+        ({"bias": torch.zeros(2, 2)}, "bias has axes [2, 2], declared are [N]"),
+    ):
+        assert said in (departure(record, call | change) or "")
+    assert "where others have" in (departure(record, call, (torch.zeros(3, 4, 32),)) or "")
 
 
 def test_unknown_op() -> None:

@@ -140,7 +140,9 @@ def prepack_weight(
     ``Backend.layouts``. A format that it doesn't pack, its predicate declines.
 
     Args:
-        tensors: what the weight consists of: "dense" [weight], "int8" [codes, absmax], a 4-bit type [packed, absmax].
+        tensors: what the weight consists of, each as the canonical layout has it: "dense" the weight, float32, bfloat16 or float16 [N, K];
+            "int8" codes, int8 [N, K], and absmax, float32 [N]; a 4-bit type packed, uint8, ceil(N * K / 2) elements in any shape, and
+            absmax, float32 [ceil(N * K / blocksize)].
         format: how it is held.
         shape: (N, K).
         layout: name of the layout, ``<backend>.<name>``, one of those that an installed backend lists. "canonical" copies.
@@ -160,7 +162,8 @@ def unpack_weight(
     """Bring a weight back into the canonical layout, bit for bit.
 
     Args:
-        tensors: what :func:`prepack_weight` gave.
+        tensors: what :func:`prepack_weight` gave, dtypes and shapes as there: "dense" float32, bfloat16 or float16 [N, K]; "int8" int8
+            [N, K] and float32 [N]; a 4-bit type uint8, ceil(N * K / 2) elements in any shape, and float32 [ceil(N * K / blocksize)].
         format: how the weight is held.
         shape: (N, K).
         layout: the layout it is in.

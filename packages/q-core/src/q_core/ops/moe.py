@@ -59,13 +59,13 @@ def fused_moe(
         w13: gate and up of each expert, one over the other, [E, 2N, K] as the format holds it:
             "dense" x's dtype [E, 2N, K]; "int8" int8 and "fp8" float8_e4m3fn [E, 2N, K]; a 4-bit type uint8 [E, ceil(2N * K / 2)], each
             expert packed by itself as :func:`q_core.ops.quantize_4bit` does.
-        w2: down of each expert, [E, K, N], likewise.
+        w2: down of each expert, [E, K, N], likewise: as it is, or int8, or float8_e4m3fn, or a 4-bit type uint8 [E, ceil(K * N / 2)].
         topk_weights: float32 [T, k].
         topk_ids: int32 [T, k], 0…E-1; a negative one is skipped (the expert lives elsewhere).
         format: how the experts are held.
         intermediate_size: N; may be left out where w2's shape shows it ("dense", "int8", "fp8").
         w13_scale, w2_scale: float32: none for "dense"; the rows' absmax [E, 2N] and [E, K] for "int8" (over 127) and "fp8" (over 448); the
-            blocks' absmax [E, blocks] for a 4-bit type.
+            blocks' absmax [E, ceil(2N * K / blocksize)] and [E, ceil(K * N / blocksize)] for a 4-bit type.
         blocksize: elements a block of a 4-bit type.
 
     Returns:

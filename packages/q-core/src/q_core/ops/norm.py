@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
         eps: added to the mean of squares.
 
     Returns:
-        Tensor of x's shape and dtype, contiguous.
+        Tensor [..., K] of x's dtype, contiguous.
     """
     spec.check_rms_norm(x, weight, eps)
     return _rms_norm(x, weight, eps)
@@ -37,13 +37,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        residual: x's shape and dtype.
+        residual: x's dtype [..., K].
         weight: x's dtype [K].
         eps: added to the mean of squares.
 
     Returns:
-        normed: ``rms_norm`` of the sum as rounded to x's dtype.
-        total: ``x + residual``, the residual of the next layer.
+        normed: x's dtype [..., K], ``rms_norm`` of the sum as rounded to it.
+        total: x's dtype [..., K], ``x + residual``, the residual of the next layer.
     """
     spec.check_add_rms_norm(x, residual, weight, eps)
     return _add_rms_norm(x, residual, weight, eps)
@@ -65,7 +65,7 @@ def rotary_embedding(
         interleaved: how components pair.
 
     Returns:
-        The rotated q and k, new and contiguous.
+        The rotated q [T, H, D] and k [T, G, D], new and contiguous.
     """
     spec.check_rotary_embedding(q_THD, k_TGD, positions, cos, sin, interleaved)
     return _rotary_embedding(q_THD, k_TGD, positions, cos, sin, interleaved)

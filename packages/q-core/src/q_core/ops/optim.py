@@ -75,7 +75,7 @@ def optimizer_step_8bit(
 
     Args:
         name: update rule.
-        params: float32, bfloat16 or float16, contiguous; mutated.
+        params: float32, bfloat16 or float16, any shape, contiguous; mutated.
         grads: same shapes and dtypes as params.
         state1, state2, state3: uint8, contiguous, numel of the parameter; mutated. Empty where the rule has no such state.
         absmax1, absmax2, absmax3: float32 [ceil(numel / blocksize)], with each state; mutated.
@@ -127,7 +127,7 @@ def optimizer_step_32bit(
 
     Args:
         name: update rule.
-        params: float32, bfloat16 or float16, contiguous; mutated.
+        params: float32, bfloat16 or float16, any shape, contiguous; mutated.
         grads: same shapes and dtypes as params.
         state1, state2, state3: float32, contiguous, numel of the parameter; mutated. Empty where the rule has no such state.
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient: settings of the rule; those that it

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q_core.operand import Operand
 from q_core.record import OpRecord
 from q_core.samples import attention as samples
 from q_core.specs import bounds, check
@@ -173,6 +174,14 @@ RECORDS = (
         family="attention",
         check=check_write_kv,
         fake=check_write_kv,
+        operands={
+            "k_TGD": Operand(check.FLOATS, "T, G, D"),
+            "v_TGD": Operand(("k_TGD",), "T, G, D"),
+            "k_cache_BGSD": Operand(("k_TGD", *CODE_DTYPES), "B, G, S, D"),
+            "v_cache_BGSD": Operand(("k_cache_BGSD",), "B, G, S, D"),
+            "slot_mapping": Operand((torch.int64,), "T"),
+            **dict.fromkeys(SCALES, Operand((torch.float32,), "B, G, S")),
+        },
         samples=samples.write_kv,
         mutates=("k_cache_BGSD", "v_cache_BGSD", "k_scale_BGS", "v_scale_BGS"),
         neutral=SCALES,
@@ -182,6 +191,17 @@ RECORDS = (
         family="attention",
         check=check_paged_attention,
         fake=fake_paged_attention,
+        operands={
+            "q_THD": Operand(check.FLOATS, "T, H, D"),
+            "k_cache_BGSD": Operand(("q_THD", *CODE_DTYPES), "B, G, S, D"),
+            "v_cache_BGSD": Operand(("k_cache_BGSD",), "B, G, S, D"),
+            "block_tables": Operand((torch.int32,), "R, M"),
+            "query_start": Operand((torch.int32,), "R + 1"),
+            "seq_lens": Operand((torch.int32,), "R"),
+            "sinks_H": Operand((torch.float32,), "H"),
+            **dict.fromkeys(SCALES, Operand((torch.float32,), "B, G, S")),
+        },
+        outputs={"output": Operand(("q_THD",), "T, H, D")},
         samples=samples.paged_attention,
         bound=bounds.paged_attention,
         neutral=SCALES | {"window": None, "softcap": None, "sinks_H": None},
@@ -191,6 +211,11 @@ RECORDS = (
         family="attention",
         check=check_copy_kv_blocks,
         fake=check_copy_kv_blocks,
+        operands={
+            "src": Operand((), "B, ..."),
+            "dst": Operand(("src",), "B', ..."),
+            "pairs": Operand((torch.int64,), "n, 2"),
+        },
         samples=samples.copy_kv_blocks,
         mutates=("dst",),
     ),

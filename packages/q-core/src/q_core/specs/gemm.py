@@ -11,6 +11,7 @@ from torch import Tensor
 from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_core.gradients import gemm as gradients
 from q_core.layouts import CANONICAL
+from q_core.operand import Operand
 from q_core.record import OpRecord
 from q_core.samples import gemm as samples
 from q_core.specs import bounds, check
@@ -192,6 +193,19 @@ def fake_unpack_weight(format: str, tensors: Sequence[Tensor], shape: Sequence[i
     return [tensor.new_empty(tensor.shape) for tensor in tensors]
 
 
+PARTS: dict[str, tuple[Operand, ...]] = {
+    "dense": (Operand(check.FLOATS, "N, K"),),
+    "int8": (Operand((torch.int8,), "N, K"), Operand((torch.float32,), "N")),
+    **dict.fromkeys(
+        FOUR_BIT_BOOKS,
+        (
+            Operand((torch.uint8,), "ceil(N * K / 2)", flat=True),
+            Operand((torch.float32,), "ceil(N * K / blocksize)"),
+        ),
+    ),
+}
+"""What a weight consists of, by the format that it is held in."""
+
 BIAS_AND_LAYOUT: dict[str, Any] = {"bias": None, "layout": CANONICAL}
 
 RECORDS = (
@@ -200,6 +214,12 @@ RECORDS = (
         family="gemm",
         check=check_gemm,
         fake=fake_gemm,
+        operands={
+            "x_TK": Operand(check.FLOATS, "..., K"),
+            "w_NK": Operand(("x_TK",), "N, K"),
+            "bias": Operand(("x_TK",), "N"),
+        },
+        outputs={"output": Operand(("x_TK",), "..., N")},
         samples=samples.gemm,
         bound=bounds.gemm,
         neutral=BIAS_AND_LAYOUT,
@@ -211,6 +231,14 @@ RECORDS = (
         family="gemm",
         check=check_gemm_4bit,
         fake=fake_gemm_4bit,
+        operands={
+            "x_TK": Operand(check.FLOATS, "..., K"),
+            "packed": Operand((torch.uint8,), "ceil(N * K / 2)", flat=True),
+            "absmax": Operand((torch.float32,), "ceil(N * K / blocksize)"),
+            "bias": Operand(("x_TK",), "N"),
+        },
+        outputs={"output": Operand(("x_TK",), "..., N")},
+        sizes={"shape": "N, K"},
         samples=samples.gemm_4bit,
         bound=bounds.gemm_4bit,
         neutral=BIAS_AND_LAYOUT | {"activations": "native"},
@@ -222,6 +250,14 @@ RECORDS = (
         family="gemm",
         check=check_int8_gemm,
         fake=fake_int8_gemm,
+        operands={
+            "a_TK": Operand((torch.int8,), "..., K"),
+            "b_NK": Operand((torch.int8,), "N, K"),
+            "a_scale": Operand((torch.float32,), "..."),
+            "b_scale": Operand((torch.float32,), "N"),
+            "bias": Operand(check.FLOATS, "N"),
+        },
+        outputs={"output": Operand(("dtype",), "..., N")},
         samples=samples.int8_gemm,
         bound=bounds.int8_gemm,
         neutral=BIAS_AND_LAYOUT,
@@ -231,6 +267,13 @@ RECORDS = (
         family="gemm",
         check=check_gemm_int8_weight,
         fake=fake_gemm_int8_weight,
+        operands={
+            "x_TK": Operand(check.FLOATS, "..., K"),
+            "w_NK": Operand((torch.int8,), "N, K"),
+            "w_scale": Operand((torch.float32,), "N"),
+            "bias": Operand(("x_TK",), "N"),
+        },
+        outputs={"output": Operand(("x_TK",), "..., N")},
         samples=samples.gemm_int8_weight,
         bound=bounds.gemm_int8_weight,
         neutral=BIAS_AND_LAYOUT,
@@ -242,6 +285,11 @@ RECORDS = (
         family="gemm",
         check=check_prepack_weight,
         fake=fake_prepack_weight,
+        operands={
+            "tensors": PARTS,
+        },
+        outputs={"output": PARTS},
+        sizes={"shape": "N, K"},
         samples=samples.prepack_weight,
     ),
     OpRecord(
@@ -249,6 +297,11 @@ RECORDS = (
         family="gemm",
         check=check_unpack_weight,
         fake=fake_unpack_weight,
+        operands={
+            "tensors": PARTS,
+        },
+        outputs={"output": PARTS},
+        sizes={"shape": "N, K"},
         samples=samples.unpack_weight,
     ),
 )

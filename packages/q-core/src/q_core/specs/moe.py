@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from q_core.experts import EXPERT_FORMATS, FOUR_BIT_FORMATS
+from q_core.experts import EXPERT_FORMATS, FOUR_BIT_FORMATS, ROW_FORMATS
 from q_core.gradients import moe as gradients
+from q_core.operand import Operand
 from q_core.record import OpRecord
 from q_core.samples import moe as samples
 from q_core.specs import bounds, check
@@ -117,12 +118,36 @@ def fake_fused_moe(
     return x_TK.new_empty(x_TK.shape)
 
 
+def _experts(rows: str, columns: str) -> tuple[dict[str, Operand], dict[str, Operand]]:
+    """The experts' weights [rows, columns] and their scales, by the format that they are held in."""
+    four_bit = Operand((torch.uint8,), f"E, ceil({rows} * {columns} / 2)")
+    blocks = Operand((torch.float32,), f"E, ceil({rows} * {columns} / blocksize)")
+    weights = {
+        "dense": Operand(("x_TK",), f"E, {rows}, {columns}"),
+        "int8": Operand((torch.int8,), f"E, {rows}, {columns}"),
+        "fp8": Operand((torch.float8_e4m3fn,), f"E, {rows}, {columns}"),
+        **dict.fromkeys(FOUR_BIT_FORMATS, four_bit),
+    }
+    scales = dict.fromkeys(ROW_FORMATS, Operand((torch.float32,), f"E, {rows}")) | dict.fromkeys(FOUR_BIT_FORMATS, blocks)
+    return weights, scales
+
+
+W13, W13_SCALE = _experts("2N", "K")
+W2, W2_SCALE = _experts("K", "N")
+
 RECORDS = (
     OpRecord(
         name="route_topk",
         family="moe",
         check=check_route_topk,
         fake=fake_route_topk,
+        operands={
+            "logits_TE": Operand(check.FLOATS, "T, E"),
+        },
+        outputs={
+            "weights": Operand((torch.float32,), "T, k"),
+            "ids": Operand((torch.int32,), "T, k"),
+        },
         samples=samples.route_topk,
         bound=bounds.route_topk,
         neutral={"scoring": "softmax"},
@@ -133,6 +158,17 @@ RECORDS = (
         family="moe",
         check=check_fused_moe,
         fake=fake_fused_moe,
+        operands={
+            "x_TK": Operand(check.FLOATS, "T, K"),
+            "w13": W13,
+            "w2": W2,
+            "topk_weights": Operand((torch.float32,), "T, k"),
+            "topk_ids": Operand((torch.int32,), "T, k"),
+            "w13_scale": W13_SCALE,
+            "w2_scale": W2_SCALE,
+        },
+        outputs={"output": Operand(("x_TK",), "T, K")},
+        sizes={"intermediate_size": "N"},
         samples=samples.fused_moe,
         bound=bounds.fused_moe,
         gradient=gradients.fused_moe,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from q_core.gradients import norm as gradients
+from q_core.operand import Operand
 from q_core.record import OpRecord
 from q_core.samples import norm as samples
 from q_core.specs import bounds, check
@@ -92,6 +93,11 @@ RECORDS = (
         family="norm",
         check=check_rms_norm,
         fake=fake_rms_norm,
+        operands={
+            "x": Operand(check.FLOATS, "..., K"),
+            "weight": Operand(("x",), "K"),
+        },
+        outputs={"output": Operand(("x",), "..., K")},
         samples=samples.rms_norm,
         bound=bounds.rms_norm,
         gradient=gradients.rms_norm,
@@ -101,6 +107,15 @@ RECORDS = (
         family="norm",
         check=check_add_rms_norm,
         fake=fake_add_rms_norm,
+        operands={
+            "x": Operand(check.FLOATS, "..., K"),
+            "residual": Operand(("x",), "..., K"),
+            "weight": Operand(("x",), "K"),
+        },
+        outputs={
+            "normed": Operand(("x",), "..., K"),
+            "total": Operand(("x",), "..., K"),
+        },
         samples=samples.add_rms_norm,
         bound=bounds.add_rms_norm,
         gradient=gradients.add_rms_norm,
@@ -110,6 +125,17 @@ RECORDS = (
         family="norm",
         check=check_rotary_embedding,
         fake=fake_rotary_embedding,
+        operands={
+            "q_THD": Operand(check.FLOATS, "T, H, D"),
+            "k_TGD": Operand(("q_THD",), "T, G, D"),
+            "positions": Operand((torch.int64,), "T"),
+            "cos": Operand((torch.float32,), "P, F"),
+            "sin": Operand((torch.float32,), "P, F"),
+        },
+        outputs={
+            "q": Operand(("q_THD",), "T, H, D"),
+            "k": Operand(("q_THD",), "T, G, D"),
+        },
         samples=samples.rotary_embedding,
         bound=bounds.rotary_embedding,
         neutral={"interleaved": False},
@@ -120,6 +146,10 @@ RECORDS = (
         family="norm",
         check=check_silu_and_mul,
         fake=fake_silu_and_mul,
+        operands={
+            "x": Operand(check.FLOATS, "..., 2N"),
+        },
+        outputs={"output": Operand(("x",), "..., N")},
         samples=samples.silu_and_mul,
         bound=bounds.silu_and_mul,
         gradient=gradients.silu_and_mul,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q_core.optimizers import RULES
+from q_core.operand import Operand
+from q_core.optimizers import ALL_STATES, RULES
 from q_core.record import OpRecord
 from q_core.samples import optim as samples
 from q_core.specs import bounds, check
@@ -109,8 +110,10 @@ def check_optimizer_step_8bit(
     )  # fmt: skip
     check.block_size(op, blocksize)
     check.one_device(op, ("code1", "code2", "params[0]")[: 2 + len(params[:1])], code1, code2, *params[:1])
-    check_code(op, "code1", code1)
-    check_code(op, "code2", code2)
+    for argument, code in (("code1", code1), ("code2", code2)):
+        check_code(op, argument, code)
+        if code.shape[0] != 256:
+            check.wrong_shape(op, argument, check.shape_of(code), "[256]")
     states = _check_states(
         op, RULES[name].names(beta1),
         state1=state1, state2=state2, state3=state3, absmax1=absmax1, absmax2=absmax2, absmax3=absmax3,
@@ -161,6 +164,13 @@ RECORDS = (
         family="optim",
         check=check_optimizer_step_8bit,
         fake=check_optimizer_step_8bit,
+        operands={
+            "params": Operand(check.FLOATS, "..."),
+            "grads": Operand(("params",), "..."),
+            **dict.fromkeys(ALL_STATES, Operand((torch.uint8,), "numel", flat=True)),
+            **dict.fromkeys(("absmax1", "absmax2", "absmax3"), Operand((torch.float32,), "ceil(numel / blocksize)")),
+            **dict.fromkeys(("code1", "code2"), Operand((torch.float32,), "256")),
+        },
         samples=samples.optimizer_step_8bit,
         bound=bounds.optimizer_step,
         mutates=("params", "state1", "state2", "state3", "absmax1", "absmax2", "absmax3"),
@@ -171,6 +181,11 @@ RECORDS = (
         family="optim",
         check=check_optimizer_step_32bit,
         fake=check_optimizer_step_32bit,
+        operands={
+            "params": Operand(check.FLOATS, "..."),
+            "grads": Operand(("params",), "..."),
+            **dict.fromkeys(ALL_STATES, Operand((torch.float32,), "numel", flat=True)),
+        },
         samples=samples.optimizer_step_32bit,
         bound=bounds.optimizer_step,
         mutates=("params", "state1", "state2", "state3"),

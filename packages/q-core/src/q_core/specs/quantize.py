@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS
+from q_core.operand import Operand
 from q_core.record import OpRecord
 from q_core.samples import quantize as samples
 from q_core.specs import check
@@ -129,6 +130,14 @@ RECORDS = (
         family="quantize",
         check=check_quantize_blockwise,
         fake=fake_quantize_blockwise,
+        operands={
+            "A": Operand(check.FLOATS, "..."),
+            "code": Operand((torch.float32,), "2…256"),
+        },
+        outputs={
+            "codes": Operand((torch.uint8,), "..."),
+            "absmax": Operand((torch.float32,), "ceil(numel / blocksize)"),
+        },
         samples=samples.quantize_blockwise,
     ),
     OpRecord(
@@ -136,6 +145,12 @@ RECORDS = (
         family="quantize",
         check=check_dequantize_blockwise,
         fake=fake_dequantize_blockwise,
+        operands={
+            "codes": Operand((torch.uint8,), "..."),
+            "absmax": Operand((torch.float32,), "ceil(numel / blocksize)"),
+            "code": Operand((torch.float32,), "2…256"),
+        },
+        outputs={"output": Operand(("dtype",), "...")},
         samples=samples.dequantize_blockwise,
     ),
     OpRecord(
@@ -143,6 +158,13 @@ RECORDS = (
         family="quantize",
         check=check_quantize_4bit,
         fake=fake_quantize_4bit,
+        operands={
+            "A": Operand(check.FLOATS, "..."),
+        },
+        outputs={
+            "packed": Operand((torch.uint8,), "ceil(numel / 2)"),
+            "absmax": Operand((torch.float32,), "ceil(numel / blocksize)"),
+        },
         samples=samples.quantize_4bit,
     ),
     OpRecord(
@@ -150,6 +172,12 @@ RECORDS = (
         family="quantize",
         check=check_dequantize_4bit,
         fake=fake_dequantize_4bit,
+        operands={
+            "packed": Operand((torch.uint8,), "ceil(numel / 2)", flat=True),
+            "absmax": Operand((torch.float32,), "ceil(numel / blocksize)"),
+        },
+        outputs={"output": Operand(("dtype",), "...")},
+        sizes={"shape": "..."},
         samples=samples.dequantize_4bit,
     ),
     OpRecord(
@@ -157,6 +185,14 @@ RECORDS = (
         family="quantize",
         check=check_quantize_int8_rowwise,
         fake=fake_quantize_int8_rowwise,
+        operands={
+            "A_TK": Operand(check.FLOATS, "..., K"),
+        },
+        outputs={
+            "q": Operand((torch.int8,), "..., K"),
+            "absmax": Operand((torch.float32,), "..."),
+            "outliers": Operand((torch.bool,), "K"),
+        },
         samples=samples.quantize_int8_rowwise,
         neutral={"threshold": 0.0},
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,8 +101,7 @@ def run(record: OpRecord, function: Callable[..., Any], call: Arguments) -> Outp
 
 
 def reference_function(record: OpRecord) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"q_core.reference.{record.family}"), record.name)
-    return function
+    return record.reference
 
 
 def expected_outputs(record: OpRecord, call: Arguments) -> tuple[Outputs, Outputs]:
