@@ -169,3 +169,23 @@ def paged_attention(
     D: int,
     out: Tensor,
 ) -> None: ...
+def route_topk(
+    logits_TE: Tensor, T: int, E: int, k: int, sigmoid: bool, renormalize: bool, weights: Tensor, ids: Tensor
+) -> None: ...
+def fused_moe(
+    x_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    format: str,
+    T: int,
+    K: int,
+    N: int,
+    E: int,
+    k: int,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    blocksize: int,
+    out: Tensor,
+) -> None: ...

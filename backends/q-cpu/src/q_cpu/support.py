@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FOUR_BIT_TYPES = ("nf4", "fp4")
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -17,11 +16,6 @@ def decline_dtype(argument: str, dtype: torch.dtype) -> str | None:
 def decline_in_place(argument: str, tensor: Tensor) -> str | None:
     """Why a tensor can't be updated in place, or ``None``."""
     return None if tensor.is_contiguous() else f"{argument} is not contiguous"
-
-
-def decline_4bit_type(quant_type: str) -> str | None:
-    """Why a 4-bit type isn't one that the kernels know, or ``None``."""
-    return None if quant_type in FOUR_BIT_TYPES else f"quant_type {quant_type!r}, only {', '.join(FOUR_BIT_TYPES)}"
 
 
 def with_contiguous_last_axis(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from q_core.chain import Trampoline
 from q_core.record import OpRecord
 from q_core.registry import Registry, registry, set_registry
 from q_core.specs import RECORDS, record_of
+from q_core.specs.check import FLOATS
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -62,7 +63,10 @@ def _autocast_kernel(record: OpRecord, device_type: str, op: Any) -> Callable[..
 
     def kernel(*arguments: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = [argument.to(dtype) if i in positions and argument is not None else argument for i, argument in enumerate(arguments)]
+        cast = [
+            argument.to(dtype) if i in positions and argument is not None and argument.dtype in FLOATS else argument
+            for i, argument in enumerate(arguments)
+        ]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return op(*cast)
 

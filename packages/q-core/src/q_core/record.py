@@ -87,7 +87,7 @@ class OpRecord:
         mutates: arguments that the op writes to.
         neutral: arguments that a backend may leave out, with the value at which that makes no difference.
         gradient: formula; without one, a backward through the op raises.
-        autocast: arguments that are cast to autocast's dtype.
+        autocast: arguments that are cast to autocast's dtype, unless they are codes.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""Mixture of experts: routing, and the experts themselves."""
+"""Mixture of experts: routing, and the experts themselves.
+
+Under autocast ``x`` and dense experts are cast; codes, scales and the router's weights are not.
+"""
 
 from __future__ import annotations
 

@@ -172,6 +172,6 @@ RECORDS = (
         samples=samples.fused_moe,
         bound=bounds.fused_moe,
         gradient=gradients.fused_moe,
-        autocast=("x_TK",),
+        autocast=("x_TK", "w13", "w2"),
     ),
 )

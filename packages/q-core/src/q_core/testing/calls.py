@@ -196,6 +196,15 @@ def sample_calls(
     return [Call(map_call(lambda tensor: tensor.to(device), call)) for call in made]
 
 
+def as_autocast_casts(record: OpRecord, call: Mapping[str, Any], dtype: torch.dtype) -> Call:
+    """The call with the arguments cast that autocast casts."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype in FLOATS else tensor
+
+    return Call(dict(call) | {name: map_tensors(cast, call[name]) for name in record.autocast})
+
+
 @dataclass(frozen=True, slots=True)
 class BadCall:
     """A call that the contract refuses, for one wrong argument, and the error that it documents."""

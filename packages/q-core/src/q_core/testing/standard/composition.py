@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from q_core.record import OpRecord
 from q_core.testing.agreement import copy_call, map_tensors, same_bits, tensors_of
-from q_core.testing.calls import Call, activation, sample_calls
+from q_core.testing.calls import Call, activation, as_autocast_casts, sample_calls
 from q_core.testing.standard.applies import only_ops
 from q_core.testing.standard.quiet import without_torchs_warnings
 from q_core.testing.target import Target
@@ -65,7 +64,7 @@ def test_autocast(target: Target) -> None:
     """
     device_type = torch.device(target.capabilities.device).type
     for call in sample_calls(target.record, torch.float32, target.capabilities.device, most=6):
-        cast = Call(call | {name: map_tensors(Tensor.bfloat16, call[name]) for name in target.record.autocast})
+        cast = as_autocast_casts(target.record, call, torch.bfloat16)
         if target.serves(cast):
             expected = target.run(copy_call(cast))
             with torch.autocast(device_type, torch.bfloat16):

@@ -14,7 +14,7 @@ from q_core.record import OpRecord
 from q_core.samples.make import Make
 from q_core.specs import bounds
 from q_core.testing.agreement import map_call, map_tensors, reference_function, same_bits, same_layout, tensors_of
-from q_core.testing.calls import Call, sample_calls
+from q_core.testing.calls import Call, as_autocast_casts, sample_calls
 from q_core.testing.standard.applies import only_ops
 from q_core.testing.standard.quiet import without_torchs_warnings
 from q_core.testing.target import Target
@@ -94,11 +94,11 @@ def test_gradients_under_autocast(target: Target) -> None:
     record = target.record
     device_type = torch.device(target.capabilities.device).type
     for call in sample_calls(record, torch.float32, target.capabilities.device, most=6):
-        cast = Call(call | {name: map_tensors(Tensor.bfloat16, call[name]) for name in record.autocast})
+        cast = as_autocast_casts(record, call, torch.bfloat16)
         if target.serves(cast):
             names = _inputs(record, call)
             loss, inputs = _loss(record, target.function, call, names), [call[name] for name in names]
-            expected = _gradients(_cast_before(loss, names, record), inputs)
+            expected = _gradients(_cast_before(_loss(record, target.function, cast, names), names, record), inputs)
             got = _gradients(_under_autocast(loss, device_type), inputs)
             assert same_bits(got, expected), f"{record.name}{call!r}: under autocast its gradients are not those of cast arguments"
     target.finish()
