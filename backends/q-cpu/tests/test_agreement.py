@@ -29,6 +29,8 @@ OPS = (
     "add_rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "route_topk",
+    "fused_moe",
 )
 
 

@@ -75,6 +75,7 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
         }),
         **valid_norm_calls(),
         **valid_attention_calls(),
+        **valid_moe_calls(),
     }  # fmt: skip
 
 
@@ -90,6 +91,21 @@ def valid_norm_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
             "q_out": torch.zeros(3, 2, 8), "k_out": torch.zeros(3, 2, 8),
         }),
         "silu_and_mul": (native.silu_and_mul, {"x": x, "rows": 3, "N": 5, "out": torch.zeros(3, 5)}),
+    }  # fmt: skip
+
+
+def valid_moe_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
+    return {
+        "route_topk": (native.route_topk, {
+            "logits_TE": torch.randn(3, 5), "T": 3, "E": 5, "k": 2, "sigmoid": False, "renormalize": True, "weights": torch.zeros(3, 2),
+            "ids": torch.zeros(3, 2, dtype=torch.int32),
+        }),
+        "fused_moe": (native.fused_moe, {
+            "x_TK": torch.randn(3, 8), "w13": torch.zeros(5, 8, 8, dtype=i8), "w2": torch.zeros(5, 8, 4, dtype=i8),
+            "topk_weights": torch.ones(3, 2), "topk_ids": torch.tensor([[0, 4], [-1, 2], [1, 0]], dtype=torch.int32), "format": "int8",
+            "T": 3, "K": 8, "N": 4, "E": 5, "k": 2, "w13_scale": torch.ones(5, 8), "w2_scale": torch.ones(5, 8), "blocksize": 64,
+            "out": torch.zeros(3, 8),
+        }),
     }  # fmt: skip
 
 
