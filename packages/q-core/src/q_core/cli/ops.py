@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q_core.cli.options import add_json
-from q_core.record import Row
+
+if TYPE_CHECKING:
+    from q_core.record import Row
 
 HELP = "every op of the surface; of one its schema and contract, dtypes and axes, what it mutates, what a backend may leave out"
 
