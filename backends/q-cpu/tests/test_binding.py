@@ -101,9 +101,9 @@ def valid_moe_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
             "ids": torch.zeros(3, 2, dtype=torch.int32),
         }),
         "fused_moe": (native.fused_moe, {
-            "x_TK": torch.randn(3, 8), "w13": torch.zeros(5, 8, 8, dtype=i8), "w2": torch.zeros(5, 8, 4, dtype=i8),
-            "topk_weights": torch.ones(3, 2), "topk_ids": torch.tensor([[0, 4], [-1, 2], [1, 0]], dtype=torch.int32), "format": "int8",
-            "T": 3, "K": 8, "N": 4, "E": 5, "k": 2, "w13_scale": torch.ones(5, 8), "w2_scale": torch.ones(5, 8), "blocksize": 64,
+            "x_TK": torch.randn(3, 8), "w13": torch.zeros(5, 32, dtype=u8), "w2": torch.zeros(5, 16, dtype=u8),
+            "topk_weights": torch.ones(3, 2), "topk_ids": torch.tensor([[0, 4], [-1, 2], [1, 0]], dtype=torch.int32), "format": "nf4",
+            "T": 3, "K": 8, "N": 4, "E": 5, "k": 2, "w13_scale": torch.ones(5, 1), "w2_scale": torch.ones(5, 1), "blocksize": 64,
             "out": torch.zeros(3, 8),
         }),
     }  # fmt: skip

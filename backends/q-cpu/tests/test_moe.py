@@ -99,7 +99,9 @@ def test_an_expert_that_there_is_not_is_an_error_that_names_it():
     w13, _, _ = experts("dense", 3, 8, 16, torch.float32)
     w2, _, _ = experts("dense", 3, 16, 4, torch.float32)
     with pytest.raises(ValueError, match=r"fused_moe: topk_ids\[1\] is 3, expected at most 2"):
-        moe.fused_moe(torch.randn(1, 16), w13, w2, torch.ones(1, 2), torch.tensor([[0, 3]], dtype=torch.int32), "dense", 4, None, None, 64)
+        moe.fused_moe(
+            torch.randn(1, 16), w13, w2, torch.ones(1, 2), torch.tensor([[0, 3]], dtype=torch.int32), "dense", 4, None, None, 64
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

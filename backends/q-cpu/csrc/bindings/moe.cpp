@@ -64,7 +64,7 @@ class ExpertWeights {
       view.of(kind_ == Kind::int8 ? Scalar::i8 : Scalar::u8).sized(checked_product(op, E, elements));
     } else {
       kind_ = Kind::four_bit;
-      book_ = &four_bit_book(op, format);
+      book_ = &four_bit_book(op, format, "format");
       stride_ = elements / 2 + elements % 2;
       scales = count_blocks(op, elements, blocksize, kMinFourBitBlocksize);
       view.of(Scalar::u8).sized(checked_product(op, E, stride_));

@@ -99,12 +99,12 @@ void register_4bit(const std::string& quant_type, const std::vector<float>& valu
   four_bit_books()[quant_type] = book;
 }
 
-const FourBitBook& four_bit_book(const char* op, const std::string& quant_type) {
+const FourBitBook& four_bit_book(const char* op, const std::string& quant_type, const char* argument) {
   const auto found = four_bit_books().find(quant_type);
   if (found == four_bit_books().end()) {
     std::vector<std::string> names;
     for (const auto& entry : four_bit_books()) names.push_back(entry.first);
-    bad_value({op, "quant_type"}, "is '" + quant_type + "', expected one of " + joined(names));
+    bad_value({op, argument}, "is '" + quant_type + "', expected one of " + joined(names));
   }
   return found->second;
 }
