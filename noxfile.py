@@ -89,7 +89,7 @@ def bench_dispatch(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure every op beside its peers; writes build/bench/cpu.json. With ``-- --page docs/reference/bench-cpu.md``, also that page."""
+    """Measure every op beside its peers; writes build/bench/cpu.json. With ``-- --page docs/benchmarks/cpu.md``, also that page."""
     install_wheels(session, "bench")
     output = BUILD.absolute() / "bench" / "cpu.json"
     # Freed memory is kept: else each large output, ours or a peer's, costs more in fresh pages than in computing.

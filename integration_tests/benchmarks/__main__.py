@@ -48,6 +48,7 @@ def main() -> int:
                 print(" | ".join(report.cells(records[-1])), flush=True)
     report.write_json(records, arguments.output)
     if arguments.page:
+        arguments.page.parent.mkdir(parents=True, exist_ok=True)
         arguments.page.write_text(report.markdown(records, machine))
         report.plot(records, arguments.page.with_name("bench-cpu.png"))
     missed = [record for record in records if record.met is False]

@@ -36,7 +36,7 @@ def cells(record: Record) -> tuple[str, ...]:
 def markdown(records: Sequence[Record], machine: Sequence[str]) -> str:
     """The table as a page of the documentation."""
     lines = [
-        "# q-cpu, measured",
+        "# q-cpu beside its peers",
         "",
         "Written by `nox -s bench`. Times are medians; peers were measured in the same run, in turns with ours, on inputs that don't fit",
         "into the cache together. A ratio above 1 says how many times ours the peer's time is. The bound is the bandwidth that the same",
@@ -68,9 +68,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(shown)), [f"{r.op}, {r.shape}, {r.threads} thread{'s' * (r.threads > 1)}" for r in shown], fontsize=7)
+    axes.margins(y=0.5 / max(1, len(shown)))
     axes.invert_yaxis()
     axes.set_xlabel("the best peer's time over ours (red: target missed)")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
