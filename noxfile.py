@@ -105,9 +105,12 @@ def sanitize(session: nox.Session) -> None:
     built = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags}
     sources = str(copy_of_sources(Path("backends/q-cpu")))
     session.install("--no-deps", "--no-cache-dir", "--force-reinstall", "--build-constraint", CONSTRAINTS, sources, env=built)
-    # The interpreter isn't built so: the sanitizer must come first by itself, and what Python never frees isn't a leak.
-    library = session.run("gcc", "-print-file-name=libasan.so", external=True, silent=True)
-    watched = {"LD_PRELOAD": str(library).strip(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    # The interpreter isn't built so: the sanitizer must come first, and with it whose exceptions it watches. What Python never frees
+    # isn't a leak.
+    names = ("libasan.so", "libstdc++.so")
+    libraries = (session.run("gcc", f"-print-file-name={name}", external=True, silent=True) for name in names)
+    preloaded = " ".join(str(path).strip() for path in libraries)
+    watched = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     session.run("pytest", "backends/q-cpu/tests", *session.posargs, env=watched)
     for level in isa_levels(session):
         session.run("q-core", "conformance", "--backend", "q_cpu", env={**watched, "Q_CPU_ISA": level})
