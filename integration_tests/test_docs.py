@@ -43,9 +43,10 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: page.name)
-def test_on_the_site_they_lead_to_its_pages(page: Path, site: Site) -> None:
+def test_on_the_site_they_lead_to_its_pages_and_pictures(page: Path, site: Site) -> None:
     uri = page.relative_to(ROOT / "docs").as_posix()
-    known = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} | set(site.pages)
+    files = (path for path in ROOT.glob("docs/**/*") if path.suffix in (".md", ".png"))
+    known = {path.relative_to(ROOT / "docs").as_posix() for path in files} | set(site.pages)
     for target in links(site.with_site_links(page.read_text(), uri)):
         assert (Path("/site") / uri).parent.joinpath(target).resolve().relative_to("/site").as_posix() in known
 
