@@ -10,6 +10,7 @@ import torch
 from benchmarks.case import Case, Target, Work
 from benchmarks.inputs import normal, repeated
 from q_core import ops
+from q_core.formats.codebooks import dynamic_map
 
 SIDE = 4096
 ELEMENTS = SIDE * SIDE
@@ -33,20 +34,13 @@ def _blockwise() -> Iterator[Case]:
     )  # fmt: skip
     codes, absmax = ops.quantize_blockwise(x[0], blocksize=blocksize)
     _, state = peer.quantize_blockwise(x[0], blocksize=blocksize)
-    code = ops_dynamic_map()
+    code = dynamic_map(signed=True)  # the default of both libraries
     yield Case(
         "dequantize_blockwise", f"{SIDE}², block {blocksize}", "float32",
         lambda i: ops.dequantize_blockwise(codes, absmax, code, blocksize=blocksize),
         {"bitsandbytes": lambda i: peer.dequantize_blockwise(codes, state)},
         target=Target(fraction=0.80), work=Work("copy", 5 * ELEMENTS + scales),
     )  # fmt: skip
-
-
-def ops_dynamic_map() -> torch.Tensor:
-    """The signed dynamic map, the default of both libraries."""
-    from q_core.formats.codebooks import dynamic_map
-
-    return dynamic_map(signed=True)
 
 
 def _four_bit() -> Iterator[Case]:
