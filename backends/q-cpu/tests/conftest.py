@@ -15,10 +15,6 @@ MACHINE_ISA = native.isa()
 torch.set_num_threads(1)  # a core that something else uses would stall every shared loop; test_threads.py asks for more
 
 
-def pytest_runtest_setup() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module", params=native.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each ISA level that this machine has, in turn, within this process."""
