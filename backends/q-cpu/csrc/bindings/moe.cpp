@@ -202,7 +202,7 @@ void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weig
     const GatherTokens gather{in.data<const uint8_t>() + begin * K * size, pairs.tokens.data(), K * size, tokens.get()};
     parallel_for(pairs.count(), K, [&](int64_t first, int64_t last) { all.moe->gather_tokens(gather, first, last); });
     multiply_experts(first_weights, pairs, 2 * N, K, tokens.get(), K * size, gate_up.get(), 2 * N * size, dtype);
-    const SiluAndMul gate{gate_up.get(), 2 * N, N, hidden.get(), dtype};
+    const SiluAndMul gate{gate_up.get(), 2 * N, pairs.count(), N, hidden.get(), dtype};
     parallel_for(pairs.count(), 2 * N, [&](int64_t first, int64_t last) { all.norm->silu_and_mul(gate, first, last); });
     multiply_experts(second_weights, pairs, K, N, hidden.get(), N * size, results.get(), K * 4, Float::f32);
     const CombineExperts combine{reinterpret_cast<const float*>(results.get()), pairs.of.data(), weights + begin * k, K, k,

@@ -18,6 +18,7 @@ void rms_norm(py::handle x, py::handle weight, double eps, int64_t rows, int64_t
       0,
       TensorView(weight, {op, "weight"}).of(in).sized(K).data<const void>(),
       static_cast<float>(eps),
+      rows,
       K,
       nullptr,
       TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<void>(),
@@ -39,6 +40,7 @@ void add_rms_norm(py::handle x, py::handle residual, py::handle weight, double e
       added.stride(0),
       TensorView(weight, {op, "weight"}).of(in).sized(K).data<const void>(),
       static_cast<float>(eps),
+      rows,
       K,
       TensorView(total, {op, "total"}).of(in).sized(in.numel()).data<void>(),
       TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<void>(),
@@ -82,7 +84,7 @@ void silu_and_mul(py::handle x, int64_t rows, int64_t N, py::handle out) {
   constexpr const char* op = "silu_and_mul";
   const TensorView in = TensorView(x, {op, "x"}, Layout::strided).floating().shaped({rows, checked_product(op, 2, N)});
   const SiluAndMul args{
-      in.data<const void>(), in.stride(0), N, TensorView(out, {op, "out"}).of(in).sized(rows * N).data<void>(), in.dtype(),
+      in.data<const void>(), in.stride(0), rows, N, TensorView(out, {op, "out"}).of(in).sized(rows * N).data<void>(), in.dtype(),
   };
   const auto kernel = kernels().norm->silu_and_mul;
   parallel_for(rows, checked_product(op, 2, N), [&](int64_t first, int64_t last) { kernel(args, first, last); });

@@ -6,7 +6,8 @@
 
 #include "blocks_avx512.h"
 #include "four_bit_scale.h"
-#include "stream_avx512.h"
+#include "narrow_avx512.h"
+#include "stream.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
@@ -48,7 +49,7 @@ inline GroupScales find_scales(const float* x, const FourBitBook& book, float te
     __m512i largest = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int part = block * kParts; part < (block + 1) * kParts; ++part) {
-      _mm_prefetch(reinterpret_cast<const char*>(x + 16 * part + kPrefetchDistance), _MM_HINT_T0);
+      fetch_ahead(x + 16 * part);
       largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + 16 * part), magnitude));
     }
     absmax[block] = stored_scale(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)), book, tensor_scale);

@@ -1,15 +1,14 @@
 // Norms, rotary embedding and gated activation: each one pass over memory, a row at a time.
 //
-// A norm reads its row twice, the second time from L1.
+// A norm reads its row twice, the second time from cache.
 
 #include "norm.h"
 
+#include "pairs.h"
 #include "vector_math.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
-
-constexpr int kSums = 4;  // running sums of squares, so that additions don't wait for each other
 
 // Calls step(i, count) over 0…size in whole vectors, then once for what is left, if anything.
 template <class Step>
@@ -29,52 +28,76 @@ inline void write_some(Vector v, T* to, int64_t count) {
   count == kLanes ? write(v, to) : write_part(v, to, count);
 }
 
-inline float sum_of(const Vector (&sums)[kSums]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+constexpr int kPairs = 2;  // of running sums of squares, so that additions don't wait for each other
 
-// Sum of squares of a row that `next(i, count)` gives in vectors, zeros beyond its end.
+struct SumsOfSquares {
+  Vector sums[2 * kPairs] = {};
+
+  void add(Two x, int pair) {
+    sums[2 * pair] = multiply_add(x.a, x.a, sums[2 * pair]);
+    sums[2 * pair + 1] = multiply_add(x.b, x.b, sums[2 * pair + 1]);
+  }
+  float total() const { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+};
+
+// Sum of squares of a row that `next(k, count)` gives in pairs of vectors, zeros beyond its end.
 template <class Next>
 inline float sum_of_squares(int64_t K, Next&& next) {
-  Vector sums[kSums] = {};
+  SumsOfSquares squares;
   int64_t k = 0;
-  for (; k + kSums * kLanes <= K; k += kSums * kLanes) {
-    for (int s = 0; s < kSums; ++s) {
-      const Vector x = next(k + s * kLanes, int64_t{kLanes});
-      sums[s] = multiply_add(x, x, sums[s]);
-    }
+  for (; k + kPairs * kPair <= K; k += kPairs * kPair) {
+    for (int pair = 0; pair < kPairs; ++pair) squares.add(next(k + pair * kPair, kPair), pair);
   }
-  for (int s = 0; k < K; k += kLanes, ++s) {
-    const Vector x = next(k, smaller(kLanes, K - k));
-    sums[s] = multiply_add(x, x, sums[s]);
-  }
-  return sum_of(sums);
+  for (int pair = 0; k < K; k += kPair, ++pair) squares.add(next(k, smaller(kPair, K - k)), pair);
+  return squares.total();
 }
 
-template <class T>
-inline void norm_row(const T* x, const T* weight, float scale, int64_t K, T* out) {
-  for_vectors(K, [&](int64_t k, int64_t count) {
-    write_some(read_some(x + k, count) * scale * read_some(weight + k, count), out + k, count);
+// Into the second level of cache, which has room for what memory takes long to answer.
+inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
+// Normed by a known scale. Nothing here waits for memory, so it is the time to fetch the row after this one: `fetch_next(k)`.
+template <bool kStream, class T, class FetchNext>
+inline void norm_row(const T* x, const T* weight, float scale, int64_t K, T* out, FetchNext&& fetch_next) {
+  for_pairs(K, [&](int64_t k, int64_t count) {
+    fetch_next(k);
+    const Two v = read_two(x + k, count), w = read_two(weight + k, count);
+    write_two<kStream>({v.a * scale * w.a, v.b * scale * w.b}, out + k, count);
   });
 }
 
-template <class T>
+inline float norm_scale(float squares, const RmsNorm& a) {
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(a.K) + a.eps);
+}
+
+template <class T, bool kStream>
 void rms_norm_rows(const RmsNorm& a, int64_t first, int64_t last) {
   const T* weight = static_cast<const T*>(a.weight_K);
   for (int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-    float squares;
-    if (a.residual == nullptr) {
-      squares = sum_of_squares(a.K, [&](int64_t k, int64_t count) { return read_some(x + k, count); });
-    } else {
-      const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
-      T* total = static_cast<T*>(a.total) + row * a.K;
-      squares = sum_of_squares(a.K, [&](int64_t k, int64_t count) {
-        write_some(read_some(x + k, count) + read_some(residual + k, count), total + k, count);
-        return read_some(total + k, count);  // as rounded
-      });
-      x = total;
-    }
-    const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(a.K) + a.eps);
-    norm_row(x, weight, scale, a.K, static_cast<T*>(a.out) + row * a.K);
+    T* out = static_cast<T*>(a.out) + row * a.K;
+    const float squares = sum_of_squares(a.K, [&](int64_t k, int64_t count) { return read_two(x + k, count); });
+    norm_row<kStream>(x, weight, norm_scale(squares, a), a.K, out, [next = x + a.x_stride](int64_t k) { fetch(next + k); });
+  }
+}
+
+template <class T, bool kStream>
+void add_rms_norm_rows(const RmsNorm& a, int64_t first, int64_t last) {
+  const T* weight = static_cast<const T*>(a.weight_K);
+  for (int64_t row = first; row < last; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    T* total = static_cast<T*>(a.total) + row * a.K;
+    T* out = static_cast<T*>(a.out) + row * a.K;
+    const float squares = sum_of_squares(a.K, [&](int64_t k, int64_t count) {
+      const Two v = read_two(x + k, count), r = read_two(residual + k, count);
+      write_two<false>({v.a + r.a, v.b + r.b}, total + k, count);
+      return read_two(total + k, count);  // as rounded
+    });
+    norm_row<kStream>(total, weight, norm_scale(squares, a), a.K, out,
+                      [next = x + a.x_stride, next_residual = residual + a.residual_stride](int64_t k) {
+                        fetch(next + k);
+                        fetch(next_residual + k);
+                      });
   }
 }
 
@@ -148,21 +171,35 @@ void rotate_tokens(const RotaryEmbedding& a, int64_t first, int64_t last) {
   }
 }
 
-template <class T>
+constexpr int64_t kBytesAhead = 6144;  // far enough for memory to answer
+
+template <class T, bool kStream>
 void silu_and_mul_rows(const SiluAndMul& a, int64_t first, int64_t last) {
+  constexpr int64_t kAhead = kBytesAhead / sizeof(T);
   for (int64_t row = first; row < last; ++row) {
     const T* gate = static_cast<const T*>(a.x) + row * a.x_stride;
     const T* up = gate + a.N;
     T* out = static_cast<T*>(a.out) + row * a.N;
-    for_vectors(a.N, [&](int64_t n, int64_t count) {
-      const Vector g = read_some(gate + n, count);
-      write_some(g * sigmoid_lanes(g) * read_some(up + n, count), out + n, count);
+    for_pairs(a.N, [&](int64_t n, int64_t count) {
+      // What is ahead of a row's end is the next row's beginning.
+      const int64_t ahead = n + kAhead < a.N ? n + kAhead : n + kAhead - a.N + a.x_stride;
+      fetch(gate + ahead);
+      fetch(up + ahead);
+      const Two g = read_two(gate + n, count), u = read_two(up + n, count);
+      write_two<kStream>({silu_lanes(g.a) * u.a, silu_lanes(g.b) * u.b}, out + n, count);
     });
   }
 }
 
 void rms_norm(const RmsNorm& a, int64_t first, int64_t last) {
-  with_element(a.dtype, [&](auto element) { rms_norm_rows<decltype(element)>(a, first, last); });
+  with_element(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_streaming(is_streamed(a.out, a.T, a.K * int64_t{sizeof(T)}),
+                   [&](auto streamed) {
+                     constexpr bool kStream = decltype(streamed)::value;
+                     a.residual == nullptr ? rms_norm_rows<T, kStream>(a, first, last) : add_rms_norm_rows<T, kStream>(a, first, last);
+                   });
+  });
 }
 
 void rotary_embedding(const RotaryEmbedding& a, int64_t first, int64_t last) {
@@ -170,7 +207,11 @@ void rotary_embedding(const RotaryEmbedding& a, int64_t first, int64_t last) {
 }
 
 void silu_and_mul(const SiluAndMul& a, int64_t first, int64_t last) {
-  with_element(a.dtype, [&](auto element) { silu_and_mul_rows<decltype(element)>(a, first, last); });
+  with_element(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_streaming(is_streamed(a.out, a.T, a.N * int64_t{sizeof(T)}),
+                   [&](auto streamed) { silu_and_mul_rows<T, decltype(streamed)::value>(a, first, last); });
+  });
 }
 
 }  // namespace

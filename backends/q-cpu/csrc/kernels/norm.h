@@ -13,7 +13,7 @@ struct RmsNorm {
   int64_t residual_stride;
   const void* weight_K;
   float eps;
-  int64_t K;
+  int64_t T, K;
   void* total;  // rows one after the other, as in out
   void* out;
   Float dtype;
@@ -41,7 +41,7 @@ struct RotaryEmbedding {
 struct SiluAndMul {
   const void* x;
   int64_t x_stride;
-  int64_t N;
+  int64_t T, N;
   void* out;
   Float dtype;
 };

@@ -102,6 +102,33 @@ inline Vector exp_lanes(Vector x) {
   return scale_by_power(exp2_fraction(fraction), n);
 }
 
+// e^-x by fewer steps than above, to 2^-23 · (1.5 + |x| / 40): infinity below -88.73, next to nothing or 0 from 87 on; a NaN may
+// become any of it.
+inline Vector short_exp_of_minus(Vector x) {
+#if defined(__AVX512DQ__)
+  constexpr int kLesserMagnitudeAndFirstSign = 2;
+  const __m512 limit = same_bits<__m512>(broadcast(88.9f));
+  const Vector bounded = same_bits<Vector>(_mm512_range_ps(same_bits<__m512>(x), limit, kLesserMagnitudeAndFirstSign));
+#else
+  const Vector bounded = lesser(broadcast(88.0f), larger(broadcast(-88.9f), x));
+#endif
+  const Vector n = round_lanes(bounded * -0x1.715476p0f);
+#if defined(__FMA__)
+  const Vector r = multiply_add(n, broadcast(-0x1.62e430p-1f), -bounded);
+#else
+  const Vector r = n * 0x1.bd0106p-13f - (n * 0x1.63p-1f + bounded);  // ln 2 by its first bits, for an exact product, and its rest
+#endif
+  Vector p = multiply_add(broadcast(0x1.1063f4p-7f), r, broadcast(0x1.572a1ap-5f));
+  p = multiply_add(p, r, broadcast(0x1.5557acp-3f));
+  p = multiply_add(p, r, broadcast(0x1.fffdfcp-2f));
+  p = multiply_add(p, r, broadcast(1.0f));
+  p = multiply_add(p, r, broadcast(1.0f));
+  return scale_by_power(p, n);
+}
+
+// x / (1 + e^-x), to 2^-23 · (3 + |x| / 40); negative zero where e^-x overflows, below -88.73.
+inline Vector silu_lanes(Vector x) { return x / (1.0f + short_exp_of_minus(x)); }
+
 // 1 / x to a unit in the last place, for 1 <= x <= 2.
 inline Vector reciprocal(Vector x) {
 #if defined(__AVX512F__)

@@ -1,7 +1,4 @@
-// Writing of results at the AVX-512 level: narrowed to the output's dtype, and past the caches where the output is large.
-//
-// A plain store to memory that is not cached reads it first; one past the caches doesn't, which saves a third of the traffic, but a
-// reader that comes next finds nothing in the cache. So it is for outputs that no cache would hold anyway.
+// float32 narrowed to the output's dtype at the AVX-512 level.
 
 #pragma once
 
@@ -11,21 +8,6 @@
 
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
-
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
-
-inline bool is_streamed(const void* out, int64_t bytes) {
-  return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-}
-
-template <bool kStream>
-inline void put(void* out, __m512i values) {
-  if (kStream) {
-    _mm512_stream_si512(static_cast<__m512i*>(out), values);
-  } else {
-    _mm512_storeu_si512(out, values);
-  }
-}
 
 // To bfloat16 as `to_bf16` rounds; the processor's own conversion takes subnormal numbers for zero.
 inline __m256i narrowed_bf16(__m512 values) {
