@@ -47,8 +47,7 @@ OptimizerSettings settings_of(const Arguments& a) {
   check_share(a.op, "beta3", a.beta3);
   check_share(a.op, "dampening", a.dampening);
   const double t = static_cast<double>(a.step);
-  const double correction1 = 1 / (1 - std::pow(a.beta1, t));
-  const double sqrt_correction2 = 1 / std::sqrt(1 - std::pow(a.beta2, t));
+  const double share1 = 1 - std::pow(a.beta1, t), sqrt_share2 = std::sqrt(1 - std::pow(a.beta2, t));
   // A root of zero and this are still next to nothing, but zero over it is zero.
   const auto positive = [](double eps) { return std::max(static_cast<float>(eps), std::numeric_limits<float>::min()); };
   OptimizerSettings h;
@@ -65,12 +64,11 @@ OptimizerSettings settings_of(const Arguments& a) {
   h.one_minus_beta2 = static_cast<float>(1 - a.beta2);
   h.beta3 = static_cast<float>(a.beta3);
   h.one_minus_beta3 = static_cast<float>(1 - a.beta3);
-  h.alpha = static_cast<float>(a.alpha);
   h.eps = positive(a.eps);
-  h.correction1 = static_cast<float>(correction1);
-  h.sqrt_correction2 = static_cast<float>(sqrt_correction2);
-  h.lr_corrected = static_cast<float>(a.lr * correction1 / sqrt_correction2);
-  h.eps_corrected = positive(a.eps / sqrt_correction2);
+  h.one_corrected = static_cast<float>(sqrt_share2 / share1);
+  h.lr_corrected = static_cast<float>(a.lr * sqrt_share2 / share1);
+  h.alpha_corrected = static_cast<float>(a.lr * a.alpha * sqrt_share2);
+  h.eps_corrected = positive(a.eps * sqrt_share2);
   h.one_minus_dampening = static_cast<float>(1 - a.dampening);
   return h;
 }

@@ -15,7 +15,7 @@ constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
 
 // How far ahead parameters are fetched. Gradients are while they are looked through; parameters while states are encoded, so that
 // memory has work all the time.
-constexpr int64_t kElementsAhead = 640;
+constexpr int64_t kElementsAhead = 1280;
 
 // Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
 constexpr int64_t kBuffer = kMaxBlocksize + 80;
@@ -191,10 +191,11 @@ OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first,
     sums.finite &= absmax_bits(unit.grad, unit.count) < kInfinity;
     Vector params = {}, updates = {};
     for (int64_t i = 0; i < unit.count; i += kLanes) {
+      __builtin_prefetch(unit.param + i + kElementsAhead);
       Elements e = i + kLanes <= unit.count ? load_elements<Rule>(unit, i) : load_last_elements<Rule>(unit, i);
       const Vector measured = Rule::measured(e.p, e.g, e.s, h);
-      params += e.p * e.p;
-      updates += measured * measured;
+      params = multiply_add(e.p, e.p, params);
+      updates = multiply_add(measured, measured, updates);
     }
     sums.params += static_cast<double>(sum_lanes(params));
     sums.updates += static_cast<double>(sum_lanes(updates));

@@ -23,12 +23,11 @@ struct OptimizerSettings {
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
   float beta3, one_minus_beta3;
-  float alpha;
-  float eps;                // not 0, so that zero over zero is zero
-  float correction1;        // 1 / (1 - beta1^t)
-  float sqrt_correction2;   // 1 / sqrt(1 - beta2^t)
-  float lr_corrected;       // lr * correction1 / sqrt_correction2
-  float eps_corrected;      // eps / sqrt_correction2, not 0
+  float eps;              // not 0, so that zero over zero is zero
+  float one_corrected;    // sqrt(1 - beta2^t) / (1 - beta1^t)
+  float lr_corrected;     // lr times that
+  float alpha_corrected;  // lr * alpha * sqrt(1 - beta2^t)
+  float eps_corrected;    // eps * sqrt(1 - beta2^t), not 0
   float one_minus_dampening;
 };
 

@@ -31,12 +31,11 @@ inline void adam_moments(Vector g, States& s, const Settings& h) {
   s.v = average(s.v, g * g, h.beta2, h.one_minus_beta2);
 }
 
-// lr (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps), with the corrections taken out of the elements' arithmetic.
-inline Vector adam_step(const States& s, const Settings& h) {
-  return s.m * h.lr_corrected / (square_root(s.v) + h.eps_corrected);
-}
+// What is divided by it is (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps) and the like, with the corrections taken out of
+// the elements' arithmetic, into the factors of the numerator.
+inline Vector adam_denominator(const States& s, const Settings& h) { return square_root(s.v) + h.eps_corrected; }
 
-inline Vector adam_denominator(const States& s, const Settings& h) { return square_root(s.v) * h.sqrt_correction2 + h.eps; }
+inline Vector adam_step(const States& s, const Settings& h) { return s.m * h.lr_corrected / adam_denominator(s, h); }
 
 struct AdamW {
   static constexpr Kept kKept{true, true, false};
@@ -59,8 +58,8 @@ struct AdEMAMix {
   static Vector update(Vector p, Vector g, States& s, float, const Settings& h) {
     adam_moments(g, s, h);
     s.slow = average(s.slow, g, h.beta3, h.one_minus_beta3);
-    const Vector mixed = s.m * h.correction1 + h.alpha * s.slow;
-    return p * h.decay - h.lr * (mixed / adam_denominator(s, h));
+    const Vector mixed = s.m * h.lr_corrected + s.slow * h.alpha_corrected;
+    return p * h.decay - mixed / adam_denominator(s, h);
   }
 };
 
@@ -115,7 +114,7 @@ struct LAMB {
   static constexpr Kept kKept{true, true, false};
   static Vector direction(Vector p, Vector g, States& s, const Settings& h) {
     adam_moments(g, s, h);
-    return s.m * h.correction1 / adam_denominator(s, h) + h.weight_decay * p;
+    return s.m * h.one_corrected / adam_denominator(s, h) + h.weight_decay * p;
   }
   static Vector measured(Vector p, Vector g, States& s, const Settings& h) { return direction(p, g, s, h); }
   static Vector update(Vector p, Vector g, States& s, float trust_ratio, const Settings& h) {
