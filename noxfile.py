@@ -16,6 +16,7 @@ import nox
 
 BUILD = Path("build")
 CONSTRAINTS = "constraints.txt"
+Q_CPU = Path("backends/q-cpu")
 DISTRIBUTIONS = sorted(path.parent for path in Path().glob("*/q-*/pyproject.toml"))
 OTHER_VENDORS = sorted(path.parent for path in Path("integration_tests").glob("*/**/acme-*/pyproject.toml"))
 NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
@@ -99,11 +100,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Run q-cpu's tests, and the suite at every ISA level, on kernels built with the address and undefined-behaviour sanitizers."""
-    install_wheels(session, "tests")
+    """Run q-cpu's tests, every case of them, on kernels built with the address and undefined-behaviour sanitizers."""
+    install_wheels(session, "tests", [folder for folder in DISTRIBUTIONS if folder != Q_CPU])
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
     built = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags}
-    sources = str(copy_of_sources(Path("backends/q-cpu")))
+    sources = str(copy_of_sources(Q_CPU))
     session.install("--no-deps", "--no-cache-dir", "--force-reinstall", "--build-constraint", CONSTRAINTS, sources, env=built)
     # The interpreter isn't built so: the sanitizer must come first, and with it whose exceptions it watches. What Python never frees
     # isn't a leak.
@@ -111,9 +112,17 @@ def sanitize(session: nox.Session) -> None:
     libraries = (session.run("gcc", f"-print-file-name={name}", external=True, silent=True) for name in names)
     preloaded = " ".join(str(path).strip() for path in libraries)
     watched = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    session.run("pytest", "backends/q-cpu/tests", *session.posargs, env=watched)
+    # The suite comes after, at every ISA level.
+    session.run("pytest", "--exhaustive", str(Q_CPU / "tests"), "--ignore-glob=*test_conformance.py", *session.posargs, env=watched)
     for level in isa_levels(session):
         session.run("q-core", "conformance", "--backend", "q_cpu", env={**watched, "Q_CPU_ISA": level})
+
+
+@nox.session
+def huge(session: nox.Session) -> None:
+    """Run q-cpu's ops on tensors of more than 2^31 elements, at every ISA level; takes minutes, and 10 GB of memory."""
+    install_wheels(session, "tests")
+    session.run("pytest", "-m", "huge", str(Q_CPU / "tests"), *session.posargs)
 
 
 @nox.session
@@ -172,10 +181,10 @@ def pip_install(session: nox.Session, *arguments: str) -> None:
     session.install("--constraint", CONSTRAINTS, *arguments)
 
 
-def install_wheels(session: nox.Session, group: str) -> None:
-    """Install torch, then all our wheels with a dependency group of pyproject.toml."""
+def install_wheels(session: nox.Session, group: str, distributions: list[Path] = DISTRIBUTIONS) -> None:
+    """Install torch, then wheels of ours with a dependency group of pyproject.toml."""
     pip_install(session, "torch")
-    built = [str(wheel(session, folder)) for folder in DISTRIBUTIONS]
+    built = [str(wheel(session, folder)) for folder in distributions]
     # pip takes a wheel of the same version for the same wheel, and would keep the old one.
     session.run_install("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
     pip_install(session, "--group", group, *built)
