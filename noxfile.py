@@ -119,6 +119,16 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def aarch64(session: nox.Session) -> None:
+    """Compile q-cpu's kernels for aarch64 and compare what they give, emulated, with what they give here."""
+    missing = [program for program in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(program) is None]
+    if missing:
+        session.skip(f"needs {' and '.join(missing)}, of Debian's g++-aarch64-linux-gnu and qemu-user")
+    pip_install(session, "pybind11", "setuptools")  # for setup.py, which has the compiler's flags
+    session.run("python", ".ci/check_aarch64.py", session.create_tmp())
+
+
+@nox.session
 def huge(session: nox.Session) -> None:
     """Run q-cpu's ops on tensors of more than 2^31 elements, at every ISA level; takes minutes, and 10 GB of memory."""
     install_wheels(session, "tests")

@@ -30,7 +30,7 @@ CHOSEN = [0, 1, ROWS - 5, ROWS - 4, ROWS - 3, ROWS - 1]  # the fifth begins at e
 def mapped(*sizes: int, dtype: torch.dtype = bf16) -> Tensor:
     """Zeros that take memory where they are written to."""
     shape = torch.Size(sizes)
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=private), dtype=dtype).view(shape)
 
 
