@@ -114,7 +114,7 @@ def sanitize(session: nox.Session) -> None:
     watched = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     # The suite comes after, at every ISA level.
     session.run("pytest", "--exhaustive", str(Q_CPU / "tests"), "--ignore-glob=*test_conformance.py", *session.posargs, env=watched)
-    for level in isa_levels(session):
+    for level in isa_levels(session, watched):
         session.run("q-core", "conformance", "--backend", "q_cpu", env={**watched, "Q_CPU_ISA": level})
 
 
@@ -200,9 +200,9 @@ def install_wheels(session: nox.Session, group: str, distributions: list[Path] =
     pip_install(session, "--group", group, *built)
 
 
-def isa_levels(session: nox.Session) -> list[str]:
+def isa_levels(session: nox.Session, env: dict[str, str] | None = None) -> list[str]:
     """The levels of q-cpu that this machine can run, from the plainest."""
-    names = session.run("python", "-c", "from q_cpu.runtime import native; print(*native.available_isas())", silent=True)
+    names = session.run("python", "-c", "from q_cpu.runtime import native; print(*native.available_isas())", silent=True, env=env)
     return str(names).split()
 
 
