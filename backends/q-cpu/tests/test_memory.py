@@ -106,7 +106,7 @@ def measure(scale):
     yield "fused_moe", taken(native.fused_moe, f(T, 256, dtype=bf16), *experts, T, 256, 128, 4, 2, None, None, 64, f(T, 256, dtype=bf16))
 
 list(measure(1))  # what is set up once
-print(json.dumps(dict(measure(8))))
+print(json.dumps(dict(measure(4))))
 """
 
 TILE = 6 * 1024  # KiB
