@@ -99,7 +99,7 @@ def measure(scale):
         sizes = tokens, 32, requests, blocks, blocks, 2, 16, 128
         return taken(native.paged_attention, q, *caches, tables, start, lengths, *options, *sizes, to)
 
-    yield "paged_attention, decode", attend(32 * scale, 1, 2048)
+    yield "paged_attention, decode", attend(64 * scale, 1, 2048)
     yield "paged_attention, prefill", attend(1, 128 * scale, 2048)
 
     experts = f(4, 256, 256, dtype=bf16), f(4, 256, 128, dtype=bf16), f(T, 2), torch.randint(0, 4, (T, 2), dtype=i32), "dense"
