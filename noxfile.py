@@ -16,6 +16,7 @@ import nox
 
 BUILD = Path("build")
 CONSTRAINTS = "constraints.txt"
+Q_CPU = Path("backends/q-cpu")
 DISTRIBUTIONS = sorted(path.parent for path in Path().glob("*/q-*/pyproject.toml"))
 OTHER_VENDORS = sorted(path.parent for path in Path("integration_tests").glob("*/**/acme-*/pyproject.toml"))
 NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
@@ -99,11 +100,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Run q-cpu's tests, and the suite at every ISA level, on kernels built with the address and undefined-behaviour sanitizers."""
-    install_wheels(session, "tests")
+    """Run q-cpu's tests, every case of them, on kernels built with the address and undefined-behaviour sanitizers."""
+    install_wheels(session, "tests", [folder for folder in DISTRIBUTIONS if folder != Q_CPU])
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
     built = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags}
-    sources = str(copy_of_sources(Path("backends/q-cpu")))
+    sources = str(copy_of_sources(Q_CPU))
     session.install("--no-deps", "--no-cache-dir", "--force-reinstall", "--build-constraint", CONSTRAINTS, sources, env=built)
     # The interpreter isn't built so: the sanitizer must come first, and with it whose exceptions it watches. What Python never frees
     # isn't a leak.
@@ -111,9 +112,27 @@ def sanitize(session: nox.Session) -> None:
     libraries = (session.run("gcc", f"-print-file-name={name}", external=True, silent=True) for name in names)
     preloaded = " ".join(str(path).strip() for path in libraries)
     watched = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    session.run("pytest", "backends/q-cpu/tests", *session.posargs, env=watched)
-    for level in isa_levels(session):
+    # The suite comes after, at every ISA level.
+    session.run("pytest", "--exhaustive", str(Q_CPU / "tests"), "--ignore-glob=*test_conformance.py", *session.posargs, env=watched)
+    for level in isa_levels(session, watched):
         session.run("q-core", "conformance", "--backend", "q_cpu", env={**watched, "Q_CPU_ISA": level})
+
+
+@nox.session
+def aarch64(session: nox.Session) -> None:
+    """Compile q-cpu's kernels for aarch64 and compare what they give, emulated, with what they give here."""
+    missing = [program for program in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(program) is None]
+    if missing:
+        session.skip(f"needs {' and '.join(missing)}, of Debian's g++-aarch64-linux-gnu and qemu-user")
+    pip_install(session, "pybind11", "setuptools")  # for setup.py, which has the compiler's flags
+    session.run("python", ".ci/check_aarch64.py", session.create_tmp())
+
+
+@nox.session
+def huge(session: nox.Session) -> None:
+    """Run q-cpu's ops on tensors of more than 2^31 elements, at every ISA level; takes minutes, and 10 GB of memory."""
+    install_wheels(session, "tests")
+    session.run("pytest", "-m", "huge", str(Q_CPU / "tests"), *session.posargs)
 
 
 @nox.session
@@ -172,18 +191,18 @@ def pip_install(session: nox.Session, *arguments: str) -> None:
     session.install("--constraint", CONSTRAINTS, *arguments)
 
 
-def install_wheels(session: nox.Session, group: str) -> None:
-    """Install torch, then all our wheels with a dependency group of pyproject.toml."""
+def install_wheels(session: nox.Session, group: str, distributions: list[Path] = DISTRIBUTIONS) -> None:
+    """Install torch, then wheels of ours with a dependency group of pyproject.toml."""
     pip_install(session, "torch")
-    built = [str(wheel(session, folder)) for folder in DISTRIBUTIONS]
+    built = [str(wheel(session, folder)) for folder in distributions]
     # pip takes a wheel of the same version for the same wheel, and would keep the old one.
     session.run_install("python", "-m", "pip", "uninstall", "--yes", "-qq", *(folder.name for folder in DISTRIBUTIONS))
     pip_install(session, "--group", group, *built)
 
 
-def isa_levels(session: nox.Session) -> list[str]:
+def isa_levels(session: nox.Session, env: dict[str, str] | None = None) -> list[str]:
     """The levels of q-cpu that this machine can run, from the plainest."""
-    names = session.run("python", "-c", "from q_cpu.runtime import native; print(*native.available_isas())", silent=True)
+    names = session.run("python", "-c", "from q_cpu.runtime import native; print(*native.available_isas())", silent=True, env=env)
     return str(names).split()
 
 

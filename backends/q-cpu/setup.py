@@ -67,16 +67,17 @@ class BuildLevels(build_ext):
         super().build_extension(ext)
 
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "q_cpu._native",
-            SOURCES,
-            cxx_std=17,
-            include_dirs=[str(KERNELS)],
-            extra_compile_args=["-O2", "-Wall", "-Wextra"],
-            depends=[*LEVEL_SOURCES, *HEADERS],
-        )
-    ],
-    cmdclass={"build_ext": BuildLevels},
-)
+if __name__ == "__main__":  # others read the levels and the flags
+    setup(
+        ext_modules=[
+            Pybind11Extension(
+                "q_cpu._native",
+                SOURCES,
+                cxx_std=17,
+                include_dirs=[str(KERNELS)],
+                extra_compile_args=["-O2", "-Wall", "-Wextra"],
+                depends=[*LEVEL_SOURCES, *HEADERS],
+            )
+        ],
+        cmdclass={"build_ext": BuildLevels},
+    )

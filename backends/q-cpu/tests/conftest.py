@@ -34,6 +34,12 @@ def reader(request: pytest.FixtureRequest) -> Iterator[str]:
     native.use_exchange_api(True)
 
 
+@pytest.fixture(scope="session")
+def exhaustive(pytestconfig: pytest.Config) -> bool:
+    """Whether every case is wanted, where some stand for all."""
+    return bool(pytestconfig.getoption("exhaustive"))
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """``torch.set_num_threads``, undone after the test."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from q_core.formats.codebooks import dynamic_map
+from q_core.optimizers import RULES
 from q_cpu.runtime import native
 
 pytestmark = pytest.mark.usefixtures("reader")
@@ -199,6 +200,115 @@ def test_many_wrong_arguments_are_an_error(data):
     replaced = {name: data.draw(st.sampled_from(wrong_values(op, name, arguments[name]))) for name in names}
     with pytest.raises((TypeError, ValueError)):
         function(**{**arguments, **replaced})
+
+
+# --- anything at all --------------------------------------------------------------------------------------------------
+
+
+class Made:
+    """A sequence that makes its tensors as they are asked for and keeps none."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._tensors[index].clone()
+
+
+EDGES = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 2**31 - 1, 2**31, 2**62, 2**63 - 1]
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, -1e308, float("inf"), float("nan")]
+
+
+def odd_tensors(draw: Callable[..., Any], right: torch.Tensor) -> torch.Tensor:
+    """Another layout of a tensor's values, other values, or another shape."""
+    flat = right.reshape(-1)
+    match draw(st.sampled_from(["offset", "gaps", "rows", "turned", "bytes", "repeated", "shape", "empty", "values", "dtype"])):
+        case "offset":  # contiguous, and off what vectors would like
+            return torch.cat([flat[:1], flat])[1:].view(right.shape)
+        case "gaps":
+            return torch.stack([right, right], dim=-1)[..., 0]
+        case "rows":  # with something between them
+            return torch.cat([right, right], dim=-1)[..., : right.shape[-1]]
+        case "turned":
+            return right.transpose(0, -1).contiguous().transpose(0, -1)
+        case "bytes":  # off its own alignment
+            raw = torch.cat([torch.zeros(1, dtype=u8), flat.view(u8)]).numpy()
+            return torch.frombuffer(raw, dtype=right.dtype, offset=1).view(right.shape) if len(flat) else right
+        case "repeated":
+            return right[:1].expand(draw(st.sampled_from([1, 2, 3, 2**31, 2**40])), *right.shape[1:])
+        case "shape":
+            size = min(right.numel(), draw(st.sampled_from([2**31, *range(8)])))
+            return flat[:size].clone().view(draw(st.sampled_from([(size,), (1, size), (size, 1, 1), (1, 1, 1, size)])))
+        case "empty":
+            return right.new_empty(draw(st.permutations([0, draw(st.sampled_from([1, 2, 2**31, 2**61])), 3][: right.dim()])))
+        case "values":
+            one = st.sampled_from(NUMBERS if right.is_floating_point() else [n for n in EDGES if in_range(n, right.dtype)])
+            return torch.tensor(draw(st.lists(one, min_size=len(flat), max_size=len(flat))), dtype=right.dtype).view(right.shape)
+        case _:
+            return right.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, u8, i8])))
+
+
+def in_range(number: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.bool or torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+
+
+def odd(draw: Callable[..., Any], op: str, argument: str, right: Any) -> Any:
+    """Something in place of an argument: it may be right all the same."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.sampled_from(wrong_values(op, argument, right)))
+    if isinstance(right, torch.Tensor):
+        return odd_tensors(draw, right)
+    if isinstance(right, list):
+        return draw(st.sampled_from([Made(right), tuple(right), [odd_tensors(draw, one) for one in right], right * 2, []]))
+    if isinstance(right, str):
+        return draw(st.sampled_from(["nf4", "fp4", "int4", "mxfp4", "nvfp4", "dense", "int8", "fp8", *RULES]))
+    return draw(st.sampled_from([right, *NUMBERS, *EDGES, True, False]))
+
+
+def plain_copy(value: Any) -> Any:
+    """The same values in contiguous memory of their own."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided and value.numel() < 2**20:
+        return value.clone(memory_format=torch.contiguous_format)
+    if isinstance(value, Made):
+        return [value[i] for i in range(len(value))]
+    if isinstance(value, dict):
+        return {name: plain_copy(one) for name, one in value.items()}
+    return [plain_copy(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def bits(value: Any) -> Any:
+    """What tells whether a call changed a value, or changed two alike."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided and value.numel() < 2**20:
+        return value.contiguous().reshape(-1).view(u8).tolist()
+    return [bits(one) for one in value] if isinstance(value, list | tuple) else None
+
+
+def test_whatever_is_passed_is_refused_or_read_rightly(exhaustive):
+    """Refused, it leaves every tensor as it was; taken, it gives what plain copies of the same values give."""
+
+    @given(data=st.data())
+    @settings(max_examples=5_000 if exhaustive else 250, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(data):
+        op = data.draw(st.sampled_from(list(CALLS)))
+        function, right = CALLS[op]
+        arguments = {name: plain_copy(value) for name, value in right.items()}
+        for name in data.draw(st.lists(st.sampled_from(list(right)), min_size=1, max_size=4, unique=True)):
+            arguments[name] = odd(data.draw, op, name, arguments[name])
+        copies = plain_copy(arguments)
+        before = {name: bits(value) for name, value in arguments.items()}
+        try:
+            function(**arguments)
+        except (TypeError, ValueError):
+            assert {name: bits(value) for name, value in arguments.items()} == before
+            return
+        function(**copies)
+        lasting = {name: value for name, value in arguments.items() if not isinstance(value, Made)}
+        assert {name: bits(value) for name, value in lasting.items()} == {name: bits(copies[name]) for name in lasting}
+
+    check()
 
 
 def test_messages_say_got_and_expected():

@@ -63,9 +63,12 @@ void write_kv(py::handle k, py::handle v, py::handle k_cache, py::handle v_cache
   const Cache k_side = cache_of(op, "k_cache_BGSD", "k_scale_BGS", k_cache, k_scale, keys, slots, D);
   const Cache v_side = cache_of(op, "v_cache_BGSD", "v_scale_BGS", v_cache, v_scale, keys, slots, D);
   if (k_side.format != v_side.format) bad_type({op, "v_cache_BGSD"}, "has another dtype than k_cache_BGSD, expected the same");
+  const int64_t block_slots = checked_product(op, B, S);
   const int64_t* targets = TensorView(slot_mapping, {op, "slot_mapping"}).of(Scalar::i64).sized(T).data<const int64_t>();
   for (int64_t t = 0; t < T; ++t) {
-    if (targets[t] >= B * S) bad_value({op, "slot_mapping", t}, "is " + text(targets[t]) + ", expected less than " + text(B * S));
+    if (targets[t] >= block_slots) {
+      bad_value({op, "slot_mapping", t}, "is " + text(targets[t]) + ", expected less than " + text(block_slots));
+    }
   }
   const WriteKv args{
       {keys.data<const void>(), keys.stride(0), keys.stride(1), k_side.data, k_side.scale},
@@ -77,6 +80,7 @@ void write_kv(py::handle k, py::handle v, py::handle k_cache, py::handle v_cache
       keys.dtype(),
       k_side.format,
   };
+  if (keys.numel() == 0) return;
   const auto kernel = kernels().attention->write_kv;
   parallel_for(T, 2 * G * D, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
@@ -129,7 +133,10 @@ void copy_blocks(py::handle src, py::handle dst, py::handle pairs, int64_t count
 }
 
 // How a call is cut. A request whose rows are one tile, such as one that decodes, is cut along its keys, an item a range; then its
-// states are combined. Otherwise an item is a tile of rows with all their keys.
+// states are combined. Otherwise an item is a tile of rows with all their keys; so it is too when there are states enough, and with
+// them items for any number of threads.
+constexpr int64_t kMostStates = 1 << 20;  // floats
+
 struct Plan {
   std::vector<AttentionItem> items;
   std::vector<AttentionItem> combined;
@@ -144,7 +151,7 @@ void add_rows(const PagedAttention& a, int64_t request, int64_t row, int64_t row
   const int64_t end = a.causal ? first_seen + (row + rows - 1) / ratio + 1 : seq_len;
   const int64_t first = begin / kKeyRange, last = (end + kKeyRange - 1) / kKeyRange;
   plan->products += a.G * rows * (end - begin);
-  const bool split = whole && last - first > 1;
+  const bool split = whole && last - first > 1 && plan->states < kMostStates;
   // States are counted for now, and become pointers when all are known.
   const int64_t state = split ? kernels().attention->state_floats(a, rows) : 0;
   for (int64_t range = first; range < last; ++range) {
@@ -228,6 +235,7 @@ void paged_attention(py::handle q, py::handle k_cache, py::handle v_cache, py::h
   const Cache keys = cache_of(op, "k_cache_BGSD", "k_scale_BGS", k_cache, k_scale, queries, slots, D);
   const Cache values = cache_of(op, "v_cache_BGSD", "v_scale_BGS", v_cache, v_scale, queries, slots, D);
   if (keys.format != values.format) bad_type({op, "v_cache_BGSD"}, "has another dtype than k_cache_BGSD, expected the same");
+  const TensorView lengths = TensorView(seq_lens, {op, "seq_lens"}).of(Scalar::i32).sized(R);
   const PagedAttention args{
       queries.data<const void>(),
       queries.stride(0),
@@ -241,7 +249,7 @@ void paged_attention(py::handle q, py::handle k_cache, py::handle v_cache, py::h
       TensorView(block_tables, {op, "block_tables"}).of(Scalar::i32).sized(checked_product(op, R, M)).data<const int32_t>(),
       M,
       TensorView(query_start, {op, "query_start"}).of(Scalar::i32).sized(R + 1).data<const int32_t>(),
-      TensorView(seq_lens, {op, "seq_lens"}).of(Scalar::i32).sized(R).data<const int32_t>(),
+      lengths.data<const int32_t>(),
       H,
       G,
       S,

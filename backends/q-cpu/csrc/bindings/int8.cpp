@@ -13,6 +13,8 @@ namespace q_cpu {
 
 namespace {
 
+constexpr int64_t kTokensAtOnce = 1024;
+
 const float* optional_bias(const char* op, py::handle bias, int64_t N) {
   if (bias.is_none()) return nullptr;
   return TensorView(bias, {op, "bias"}).of(Scalar::f32).sized(N).data<const float>();
@@ -99,44 +101,54 @@ void gemm_4bit_int8(py::handle x, py::handle packed, py::handle absmax, int64_t 
                     int64_t N, int64_t K, py::handle bias, py::handle out) {
   constexpr const char* op = "gemm_4bit";
   const int64_t weights = checked_product(op, N, K);
-  const int64_t activations = checked_product(op, T, K);
   const TensorView result = TensorView(out, {op, "out"}).floating().sized(checked_product(op, T, N));
-  const TensorView tokens = TensorView(x, {op, "x_TK"}).of(result).sized(activations);
+  const TensorView tokens = TensorView(x, {op, "x_TK"}).of(result).sized(checked_product(op, T, K));
   const int64_t blocks = count_blocks(op, weights, blocksize, kMinFourBitBlocksize);
+  const TensorView nibbles = TensorView(packed, {op, "packed"}).of(Scalar::u8).sized(weights / 2 + weights % 2);
+  const TensorView scales = TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks);
+  const float* added = optional_bias(op, bias, N);
   const Int8Book book = int8_book(four_bit_book(op, quant_type));
+  if (result.numel() == 0) return;
+
+  // Tokens are quantized so many at a time, which bounds what is kept; in even shares, as a few tokens would go another way than many.
+  const int64_t shares = (T + kTokensAtOnce - 1) / kTokensAtOnce;
+  const int64_t least = T / shares, longer = T % shares;  // the first `longer` shares have one more
+  const int64_t most = least + (longer > 0);
   const int64_t span = std::min(blocksize, kMaxSpan);
   const bool whole_blocks = K % blocksize == 0;
-
-  const auto codes = uninitialized<int8_t>(activations);
-  const auto row_absmax = uninitialized<float>(T);
+  const auto codes = uninitialized<int8_t>(most * K);
+  const auto row_absmax = uninitialized<float>(most);
   const auto outliers = uninitialized<uint8_t>(K);
-  const auto span_sums = uninitialized<int32_t>(whole_blocks ? T * (K / span) : 0);
-  const QuantizeInt8Rowwise rows{tokens.data<const void>(), tokens.dtype(), T, K, 0.0f, codes.get(),
-                                 row_absmax.get(),          outliers.get()};
-  const Gemm4bitInt8 args{
-      codes.get(),
-      row_absmax.get(),
-      whole_blocks ? span_sums.get() : nullptr,
-      TensorView(packed, {op, "packed"}).of(Scalar::u8).sized(weights / 2 + weights % 2).data<const uint8_t>(),
-      TensorView(absmax, {op, "absmax"}).of(Scalar::f32).sized(blocks).data<const float>(),
-      &book,
-      blocksize,
-      span,
-      optional_bias(op, bias, N),
-      T,
-      N,
-      K,
-      result.data<void>(),
-      result.dtype(),
-  };
-  if (result.numel() == 0) return;
-  const Kernels& k = kernels();
+  const auto span_sums = uninitialized<int32_t>(whole_blocks ? most * (K / span) : 0);
   std::fill_n(outliers.get(), K, uint8_t{0});  // there are none without a threshold
-  parallel_for(T, K, [&](int64_t first, int64_t last) {
-    k.quantize->quantize_int8_rowwise(rows, first, last);
-    if (args.span_sums) k.int8->sum_spans(args, first, last);
-  });
-  for_rows(op, args, k.int8->gemm_4bit_int8);
+  const Kernels& k = kernels();
+  const int64_t size = result.dtype() == Float::f32 ? 4 : 2;
+  for (int64_t share = 0; share < shares; ++share) {
+    const int64_t begin = least * share + std::min(share, longer), count = least + (share < longer);
+    const void* x_TK = tokens.data<const uint8_t>() + begin * K * size;
+    const QuantizeInt8Rowwise rows{x_TK, tokens.dtype(), count, K, 0.0f, codes.get(), row_absmax.get(), outliers.get()};
+    const Gemm4bitInt8 args{
+        codes.get(),
+        row_absmax.get(),
+        whole_blocks ? span_sums.get() : nullptr,
+        nibbles.data<const uint8_t>(),
+        scales.data<const float>(),
+        &book,
+        blocksize,
+        span,
+        added,
+        count,
+        N,
+        K,
+        result.data<uint8_t>() + begin * N * size,
+        result.dtype(),
+    };
+    parallel_for(count, K, [&](int64_t first, int64_t last) {
+      k.quantize->quantize_int8_rowwise(rows, first, last);
+      if (args.span_sums) k.int8->sum_spans(args, first, last);
+    });
+    for_rows(op, args, k.int8->gemm_4bit_int8);
+  }
 }
 
 }  // namespace

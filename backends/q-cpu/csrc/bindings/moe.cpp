@@ -3,6 +3,7 @@
 
 #include "moe.h"
 
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -188,6 +189,10 @@ void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weig
   }
   uint8_t* result = TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<uint8_t>();
   if (in.numel() == 0) return;
+  if (E == 0) {  // all tokens skip all experts, whose size is anything
+    std::memset(result, 0, static_cast<size_t>(in.numel() * size));
+    return;
+  }
 
   const Kernels& all = kernels();
   const int64_t most = std::min(T, kTokensAtOnce) * k;

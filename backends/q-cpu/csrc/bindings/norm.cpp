@@ -24,6 +24,7 @@ void rms_norm(py::handle x, py::handle weight, double eps, int64_t rows, int64_t
       TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<void>(),
       in.dtype(),
   };
+  if (in.numel() == 0) return;  // however many rows it has
   const auto kernel = kernels().norm->rms_norm;
   parallel_for(rows, K, [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
@@ -76,6 +77,7 @@ void rotary_embedding(py::handle q, py::handle k, py::handle positions, py::hand
       interleaved,
       queries.dtype(),
   };
+  if (queries.numel() == 0 && keys.numel() == 0) return;
   const auto kernel = kernels().norm->rotary_embedding;
   parallel_for(T, checked_product(op, H + G, D), [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
@@ -86,6 +88,7 @@ void silu_and_mul(py::handle x, int64_t rows, int64_t N, py::handle out) {
   const SiluAndMul args{
       in.data<const void>(), in.stride(0), rows, N, TensorView(out, {op, "out"}).of(in).sized(rows * N).data<void>(), in.dtype(),
   };
+  if (in.numel() == 0) return;
   const auto kernel = kernels().norm->silu_and_mul;
   parallel_for(rows, checked_product(op, 2, N), [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }

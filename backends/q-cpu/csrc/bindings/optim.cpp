@@ -85,22 +85,25 @@ bool keeps_state(const OptimizerSettings& h, int state) {
   }
 }
 
-// A list argument, with as many tensors as it should have.
+// A list argument, with as many tensors as it should have. It holds them: a sequence may make its items as they are asked for, and a
+// list may change while the kernels run without the GIL.
 class TensorList {
  public:
   TensorList(const py::sequence& tensors, const char* op, const char* name, size_t expected)
       : tensors_(tensors), op_(op), name_(name) {
-    if (tensors.size() != expected) {
+    if (tensors_.size() != expected) {
       bad_value({op, name},
-                "has " + std::to_string(tensors.size()) + " tensors, expected " +
+                "has " + std::to_string(tensors_.size()) + " tensors, expected " +
                     (expected ? std::to_string(expected) + " as in params" : "none: the rule keeps no such state"));
     }
   }
 
-  TensorView operator[](size_t i) const { return TensorView(py::object(tensors_[i]), {op_, name_, static_cast<int64_t>(i)}); }
+  TensorView operator[](size_t i) const { return TensorView(tensors_[i], {op_, name_, static_cast<int64_t>(i)}); }
+
+  const py::tuple& held() const { return tensors_; }
 
  private:
-  const py::sequence& tensors_;
+  py::tuple tensors_;
   const char* op_;
   const char* name_;
 };
@@ -130,6 +133,7 @@ struct Tensors {
   std::vector<OptimizerTensor> all;
   std::vector<int64_t> starts{0};
   std::vector<bool> kept;  // as they are: no step touches them
+  std::vector<py::tuple> held;
 
   int64_t units(size_t i) const { return starts[i + 1] - starts[i]; }
 };
@@ -139,6 +143,7 @@ Tensors parameters_of(const char* op, const py::sequence& params, const py::sequ
   Tensors tensors;
   const size_t count = params.size();
   const TensorList all_params(params, op, "params", count), all_grads(grads, op, "grads", count);
+  tensors.held = {all_params.held(), all_grads.held()};
   tensors.all.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const TensorView param = all_params[i].floating();
@@ -221,6 +226,7 @@ void optimizer_step_8bit(const std::string& name, const py::sequence& params, co
   for (int state = 0; state < kMaxStates; ++state) {
     const size_t length = expected_length(h, state, tensors);
     const TensorList codes(*states[state], op, kStateNames[state], length), absmax(*scales[state], op, kAbsmaxNames[state], length);
+    tensors.held.insert(tensors.held.end(), {codes.held(), absmax.held()});
     for (size_t i = 0; i < length; ++i) {
       OptimizerTensor& tensor = tensors.all[i];
       tensor.codes[state] = codes[i].of(Scalar::u8).sized(tensor.numel).data<uint8_t>();
@@ -243,6 +249,7 @@ void optimizer_step_32bit(const std::string& name, const py::sequence& params, c
   for (int state = 0; state < kMaxStates; ++state) {
     const size_t length = expected_length(h, state, tensors);
     const TensorList list(*states[state], op, kStateNames[state], length);
+    tensors.held.push_back(list.held());
     for (size_t i = 0; i < length; ++i) {
       tensors.all[i].states[state] = list[i].of(Scalar::f32).sized(tensors.all[i].numel).data<float>();
     }

@@ -187,7 +187,7 @@ int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize, int64_t s
     bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in " + std::to_string(smallest) + "…" +
                                      std::to_string(kMaxBlocksize));
   }
-  return (numel + blocksize - 1) / blocksize;
+  return numel / blocksize + (numel % blocksize != 0);  // of sizes that no tensor has yet been seen to have
 }
 
 int64_t checked_product(const char* op, int64_t a, int64_t b) {
