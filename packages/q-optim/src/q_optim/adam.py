@@ -10,13 +10,12 @@ from q_optim import checks
 from q_optim.optimizer import BlockwiseOptimizer, StorageArguments
 from q_optim.update import SurfaceUpdate, common_settings
 
-NO_AMSGRAD = "the largest second moment so far isn't kept"
-
 
 def check_adam(what: str, group: dict[str, Any]) -> None:
     """Refuse what no algorithm with Adam's two moments means."""
     checks.betas(what, group["betas"], 2)
     checks.number(what, "eps", group["eps"])
+    checks.supported(what, "amsgrad", group["amsgrad"], (False,), "the largest second moment so far isn't kept")
 
 
 def adam_settings(group: dict[str, Any], step: int) -> dict[str, Any]:
@@ -55,12 +54,12 @@ class Adam(BlockwiseOptimizer):
         decoupled_weight_decay: bool = False,
         **storage: Unpack[StorageArguments],
     ) -> None:
-        checks.supported(type(self).__name__, "amsgrad", amsgrad, (False,), NO_AMSGRAD)
         settings = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, settings, storage)
@@ -107,8 +106,8 @@ class AdamW(BlockwiseOptimizer):
         amsgrad: bool = False,
         **storage: Unpack[StorageArguments],
     ) -> None:
-        checks.supported(type(self).__name__, "amsgrad", amsgrad, (False,), NO_AMSGRAD)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, storage)
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, settings, storage)
 
     def check_group(self, what: str, group: dict[str, Any]) -> None:
         super().check_group(what, group)

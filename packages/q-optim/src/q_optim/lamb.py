@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from torch.optim.optimizer import ParamsT
 
 from q_optim import checks
-from q_optim.adam import NO_AMSGRAD, adam_settings, check_adam
+from q_optim.adam import adam_settings, check_adam
 from q_optim.optimizer import BlockwiseOptimizer, StorageArguments
 from q_optim.update import SurfaceUpdate
 
@@ -45,15 +45,22 @@ class LAMB(BlockwiseOptimizer):
         adam_w_mode: bool = True,
         **storage: Unpack[StorageArguments],
     ) -> None:
-        name = type(self).__name__
-        checks.supported(name, "bias_correction", bias_correction, (True,), "moments are always corrected")
-        checks.supported(name, "amsgrad", amsgrad, (False,), NO_AMSGRAD)
-        checks.supported(name, "adam_w_mode", adam_w_mode, (True,), "decay is part of the update, not of the gradient")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, storage)
+        settings = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "adam_w_mode": adam_w_mode,
+        }
+        super().__init__(params, settings, storage)
 
     def check_group(self, what: str, group: dict[str, Any]) -> None:
         super().check_group(what, group)
         check_adam(what, group)
+        checks.supported(what, "bias_correction", group["bias_correction"], (True,), "moments are always corrected")
+        checks.supported(what, "adam_w_mode", group["adam_w_mode"], (True,), "decay is part of the update, not of the gradient")
 
     def update(self, group: dict[str, Any], step: int) -> SurfaceUpdate:
         return SurfaceUpdate("lamb", adam_settings(group, step))

@@ -33,6 +33,17 @@ class GlobalOptimManager:
             cls._instance = cls()
         return cls._instance
 
+    def register_parameters(self, params: Iterable[Tensor]) -> None:
+        """For code that does so; parameters needn't be registered, because they are known by identity.
+
+        Raises:
+            TypeError: there is something else than tensors, or groups of them.
+        """
+        for param in params:
+            for each in param["params"] if isinstance(param, dict) else [param]:
+                if not isinstance(each, Tensor):
+                    raise TypeError(f"GlobalOptimManager.register_parameters: got {type(each).__name__}, expected parameters")
+
     def override_config(
         self,
         parameters: Tensor | Iterable[Tensor],

@@ -134,9 +134,10 @@ class Muon(BlockwiseOptimizer):
         checks.number(what, "momentum", group["momentum"], below=1)
         checks.flag(what, "nesterov", group["nesterov"])
         coefficients = group["ns_coefficients"]
-        if len(coefficients) != 3:
+        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
             raise ValueError(f"{what}: ns_coefficients is {coefficients!r}, expected three numbers")
-        if not 0 <= group["ns_steps"] < _MOST_ITERATIONS:
+        checks.count(what, "ns_steps", group["ns_steps"])
+        if group["ns_steps"] >= _MOST_ITERATIONS:
             raise ValueError(f"{what}: ns_steps is {group['ns_steps']}, expected 0…{_MOST_ITERATIONS - 1}")
         if group["adjust_lr_fn"] not in (None, *get_args(AdjustLr)):
             raise ValueError(f"{what}: adjust_lr_fn is {group['adjust_lr_fn']!r}, expected None or one of {get_args(AdjustLr)}")

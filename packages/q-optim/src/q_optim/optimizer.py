@@ -100,9 +100,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{what}: there is no argument {sorted(unknown)[0]!r}, expected those of {what} and of q_optim.StorageArguments"
             )
-        for key, (supported, why) in _ONE_WAY.items():
-            if key in given:
-                checks.supported(what, key, given[key], supported, why)
         bits = given.get("optim_bits", self.default_bits)
         algorithm, *special = _lineage(self)
         if bits != self.default_bits and any("default_bits" in vars(cls) for cls in special):
@@ -114,6 +111,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._paging = (given.get("paged_budget", DEFAULT_BUDGET), given.get("paged_directory")) if is_paged else None
         if self._paging is not None:
             checks.count(what, "paged_budget", self._paging[0])
+            if self._paging[1] is not None and not Path(self._paging[1]).is_dir():
+                raise ValueError(f"{what}: paged_directory is {str(self._paging[1])!r}, expected a directory that exists")
         self._forget()
         defaults = {
             **settings,
@@ -123,7 +122,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             "stochastic_rounding": given.get("stochastic_rounding", False),
             "maximize": given.get("maximize", False),
         }
-        self.check_group(what, defaults)
+        self.check_group(what, {**defaults, **{key: given[key] for key in _ONE_WAY if key in given}})
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -148,6 +147,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             checks.one_of(what, "blocksize", group["blocksize"], BLOCKSIZES)
         checks.flag(what, "stochastic_rounding", group["stochastic_rounding"])
         checks.flag(what, "maximize", group["maximize"])
+        for key, (supported, why) in _ONE_WAY.items():
+            if key in group:
+                checks.supported(what, key, group[key], supported, why)
 
     def check_parameter(self, what: str, param: Tensor) -> None:
         """Refuse a parameter that can't be trained."""
@@ -171,6 +173,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         name = type(self).__name__
+        for key in ("is_paged", "paged_budget", "paged_directory"):
+            if key in param_group:
+                raise ValueError(f"{name}: a parameter group has {key}, but paging is for all groups; give it to {name}")
         self.check_group(name, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -303,7 +308,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 key = _Alike(
                     device=param.device,
                     storage=self._storage(settings, param),
-                    step=self.state[param].get("step", 0) + 1,
+                    step=self.state.get(param, {}).get("step", 0) + 1,
                     rounded=settings["stochastic_rounding"] and param.dtype == torch.bfloat16,
                     settings=_identity(group, settings),
                 )
@@ -312,26 +317,51 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for number, (key, (settings, params)) in enumerate(alike.items()):
             update = self.update(settings, key.step)
             if key.rounded:
-                update = StochasticallyRounded(update, seed=hash((key.step, number)) & 0x7FFF_FFFF)
+                # Of the step alone, so that a resumed run repeats the noise.
+                seed = hash((key.step, number)) & 0x7FFF_FFFF
+                update = StochasticallyRounded(update, torch.Generator(key.device).manual_seed(seed))
             self._update(update, key, settings, params)
         return loss
 
     def _make_states(self, alike: Mapping[_Alike, tuple[dict[str, Any], list[Tensor]]]) -> None:
         """States of parameters that are updated for the first time, or whose algorithm keeps one more since its settings changed."""
-        missing: dict[torch.device, list[tuple[Tensor, Part]]] = defaultdict(list)
+        missing: list[tuple[Tensor, Part]] = []
         for key, (settings, params) in alike.items():
             names = self.update(settings, key.step).states
             for param in params:
                 for part in self._parts(key.storage, settings, names, param):
-                    if part.key not in self.state[param]:
-                        missing[key.device].append((param, part))
+                    if part.key not in self.state.get(param, {}):
+                        missing.append((param, part))
                 if param not in self._skipped:
                     self._skipped[param] = torch.zeros((), dtype=torch.int64, device=key.device)
-        for device, parts in missing.items():
+        for param, part, tensor in self._made(missing):
+            self.state[param].setdefault("step", 0)
+            self.state[param][part.key] = tensor
+
+    def _made(self, wanted: Iterable[tuple[Tensor, Part]]) -> list[tuple[Tensor, Part, Tensor]]:
+        """New tensors of these parameters' states, all or none, placed as the parameters are."""
+        by_device: dict[torch.device, list[tuple[Tensor, Part]]] = defaultdict(list)
+        for param, part in wanted:
+            by_device[param.device].append((param, part))
+        made = []
+        for device, parts in by_device.items():
             tensors = self._placement(device).make([self._local(param, part) for param, part in parts])
-            for (param, part), tensor in zip(parts, tensors, strict=True):
-                self.state[param].setdefault("step", 0)
-                self.state[param][part.key] = shards.like(param, tensor, part.shape)
+            made += [
+                (param, part, shards.like(param, tensor, part.shape)) for (param, part), tensor in zip(parts, tensors, strict=True)
+            ]
+        return made
+
+    def _copy_in(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Hold copies of these states; what was held is given up, and its place with it."""
+        self._placements = {}
+        self.state = defaultdict(dict)
+        held = [(param, key, value) for param, state in states.items() for key, value in state.items() if key != "step"]
+        made = self._made([(param, Part(key, value.dtype, value.shape, 0.0)) for param, key, value in held])
+        for param, state in states.items():
+            self.state[param]["step"] = state["step"]
+        for param, part, tensor in made:
+            shards.local(tensor).copy_(shards.share(param, states[param][part.key]))
+            self.state[param][part.key] = tensor
 
     def _parts(self, storage: Storage, settings: dict[str, Any], names: Iterable[str], param: Tensor) -> Iterable[Part]:
         for name in names:
@@ -365,7 +395,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _segment(self, param: Tensor, values: Tensor, settings: dict[str, Any]) -> Segment:
         assert param.grad is not None
-        grad = shards.local(param.grad).reshape(-1)
+        grad = shards.share(param, param.grad).reshape(-1)
         return Segment(
             shape=param.shape,
             param=values.view(-1),
@@ -409,20 +439,13 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         # torch would cast codes and scales to the parameter's dtype, so it gets the groups alone.
         super().load_state_dict({**state_dict, "state": {}})
         self._resolved = None
-        for param, parts, state in states:
-            tensors = self._placement(param.device).make([self._local(param, part) for part in parts])
-            for part, tensor in zip(parts, tensors, strict=True):
-                tensor.copy_(shards.local(state[part.key]))
-            self.state[param] = {
-                "step": state["step"],
-                **{part.key: shards.like(param, tensor, part.shape) for part, tensor in zip(parts, tensors, strict=True)},
-            }
-            self._skipped[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        self._copy_in(states)
 
-    def _checked_states(self, what: str, state_dict: StateDict) -> list[tuple[Tensor, list[Part], dict[str, Any]]]:
+    def _checked_states(self, what: str, state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
         groups, states = state_dict["param_groups"], dict(state_dict["state"])
-        checkpoint.check_groups(what, groups, self.param_groups, self.defaults)
-        checked = []
+        # torch's load_state_dict puts differentiable among the defaults; it is none of our settings.
+        checkpoint.check_groups(what, groups, self.param_groups, self.defaults.keys() - _ONE_WAY.keys())
+        checked = {}
         for saved, own in zip(groups, self.param_groups, strict=True):
             self.check_group(what, saved)
             for index, param in zip(saved["params"], own["params"], strict=True):
@@ -432,7 +455,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     names = self.update(settings, 1).states
                     parts = list(self._parts(self._storage(settings, param), settings, names, param))
                     checkpoint.check_state(f"{what}: the state of {self._name(param)} of shape {list(param.shape)}", state, parts)
-                    checked.append((param, parts, state))
+                    checked[param] = state
         if states:
             raise ValueError(f"{what}: there are states of parameters {sorted(states)}, which no group has")
         return checked
@@ -446,6 +469,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if "_overrides" in state:  # of a copy; torch's load_state_dict sets the groups and states alone
             self._forget()
         super().__setstate__(state)
+        if "_overrides" in state and self._paging is not None:
+            self._copy_in(self.state)
 
 
 def _identity(group: dict[str, Any], settings: dict[str, Any]) -> Hashable:

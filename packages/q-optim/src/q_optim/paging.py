@@ -109,8 +109,9 @@ class _MappedFile:
         """The next bytes, as a tensor."""
         first, size = self._used, _nbytes(part)
         self._used = _aligned(first + size)
-        tensor = self._bytes[first : first + size].view(part.dtype).view(part.shape)
-        return tensor.fill_(part.fill)
+        # Each tensor has a storage of its own, so that it's saved alone, and beside others of another dtype.
+        tensor = torch.frombuffer(self._map, dtype=part.dtype, count=part.shape.numel(), offset=first)
+        return tensor.view(part.shape).fill_(part.fill)
 
     def advise(self, tensor: Tensor, advice: int) -> bool:
         """Say what will become of a tensor's pages, if it is in this file; pages that others share are spared where they are dropped."""

@@ -41,16 +41,22 @@ class RMSprop(BlockwiseOptimizer):
         centered: bool = False,
         **storage: Unpack[StorageArguments],
     ) -> None:
-        checks.supported(type(self).__name__, "centered", centered, (False,), "the mean of the gradients isn't kept")
-        super().__init__(
-            params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}, storage
-        )
+        settings = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+        }
+        super().__init__(params, settings, storage)
 
     def check_group(self, what: str, group: dict[str, Any]) -> None:
         super().check_group(what, group)
         checks.number(what, "alpha", group["alpha"], below=1)
         checks.number(what, "momentum", group["momentum"], below=1)
         checks.number(what, "eps", group["eps"])
+        checks.supported(what, "centered", group["centered"], (False,), "the mean of the gradients isn't kept")
 
     def update(self, group: dict[str, Any], step: int) -> SurfaceUpdate:
         own = {"beta1": group["momentum"], "beta2": group["alpha"], "eps": group["eps"]}

@@ -56,10 +56,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().contiguous() if is_distributed(tensor) else tensor
 
 
+def share(param: Tensor, tensor: Tensor) -> Tensor:
+    """What this process is to hold of a tensor that has the parameter's rows, wherever it was: summed, cut or gathered."""
+    if not is_distributed(param):
+        return whole(tensor)
+    if not is_distributed(tensor):
+        tensor = _replicated(param, tensor)
+    elif tensor.device_mesh != param.device_mesh:
+        tensor = _replicated(param, whole(tensor))
+    return tensor.redistribute(placements=param.placements).to_local()
+
+
 def keep_share(tensor: Tensor, updated: Tensor) -> None:
     """Write this process's share of a whole tensor back to where :func:`whole` took it from."""
+    local(tensor).copy_(share(tensor, updated))
+
+
+def _replicated(param: DTensor, tensor: Tensor) -> DTensor:
     from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(tensor, DTensor)
-    replicated = DTensor.from_local(updated, tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim, run_check=False)
-    tensor.to_local().copy_(replicated.redistribute(placements=tensor.placements).to_local())
+    mesh = param.device_mesh
+    return DTensor.from_local(tensor.to(param.device), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -96,7 +96,7 @@ class EightBit(Storage):
 
     def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor | None) -> None:
         codes, absmax = ops.quantize_blockwise(value, self._book(state, value.device), blocksize=self.blocksize)
-        _replace(segment, state, codes, absmax, keep)
+        _replace(segment, state, codes, absmax, keep, self.blocksize)
 
     @staticmethod
     def _book(state: str, device: torch.device) -> Tensor:
@@ -122,7 +122,7 @@ class FourBit(Storage):
         codes, absmax = ops.quantize_blockwise(value, self._book(state, value.device), blocksize=self.blocksize)
         if codes.numel() % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
-        _replace(segment, state, codes[0::2] << 4 | codes[1::2], absmax, keep)
+        _replace(segment, state, codes[0::2] << 4 | codes[1::2], absmax, keep, self.blocksize)
 
     @staticmethod
     def _book(state: str, device: torch.device) -> Tensor:
@@ -170,12 +170,11 @@ def _row_size(shape: torch.Size) -> int:
     return shape[1:].numel() if len(shape) else 0
 
 
-def _replace(segment: Segment, state: str, codes: Tensor, absmax: Tensor, keep: Tensor | None) -> None:
+def _replace(segment: Segment, state: str, codes: Tensor, absmax: Tensor, keep: Tensor | None, blocksize: int) -> None:
     held, scales = segment.states[state], segment.states[absmax_key(state)]
     if keep is not None:
-        # Every how many elements there is a new byte, and a new scale.
         elements_a_byte = 2 if codes.numel() < keep.numel() else 1
         codes = torch.where(keep[::elements_a_byte], codes, held)
-        absmax = torch.where(keep[:: -(-keep.numel() // absmax.numel())], absmax, scales)
+        absmax = torch.where(keep[::blocksize], absmax, scales)
     held.copy_(codes)
     scales.copy_(absmax)

@@ -90,12 +90,12 @@ class SurfaceUpdate:
 class StochasticallyRounded:
     """An update of bfloat16 parameters in float32, which are then rounded up or down at random, so that the mean is right.
 
-    To the nearest, updates below half a unit in the last place would all be lost. The noise depends on ``seed`` alone, so that a resumed
-    run repeats it.
+    To the nearest, updates below half a unit in the last place would all be lost. The noise is the generator's, on the parameters' device,
+    in the order of the elements: it doesn't depend on how many of them one call is given.
     """
 
     update: Update
-    seed: int
+    generator: torch.Generator
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -106,12 +106,11 @@ class StochasticallyRounded:
         return self.update.whole
 
     def __call__(self, segments: Sequence[Segment], storage: Storage) -> None:
-        generator = torch.Generator(segments[0].param.device).manual_seed(self.seed)
         for batch in batches(segments, WORKSPACE, whole=self.whole):
             wide = [replace(segment, param=segment.param.float(), grad=segment.grad.float()) for segment in batch]
             self.update(wide, storage)
             for segment, updated in zip(batch, wide, strict=True):
-                segment.param.copy_(round_stochastically(updated.param, generator))
+                segment.param.copy_(round_stochastically(updated.param, self.generator))
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -128,4 +127,4 @@ def _finite_blocks(grad: Tensor, blocksize: int) -> Tensor:
     """For each element, whether all gradients of its block are finite."""
     count = grad.numel()
     padded = torch.nn.functional.pad(grad.isfinite(), (0, -count % blocksize), value=True)
-    return padded.view(-1, blocksize).all(1).repeat_interleave(blocksize)[:count]
+    return padded.view(padded.numel() // blocksize, blocksize).all(1).repeat_interleave(blocksize)[:count]
