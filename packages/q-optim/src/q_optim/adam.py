@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch.optim.optimizer import ParamsT
@@ -71,6 +72,10 @@ class Adam(BlockwiseOptimizer):
 
     def update(self, group: dict[str, Any], step: int) -> SurfaceUpdate:
         return SurfaceUpdate("adamw" if group["decoupled_weight_decay"] else "adam", adam_settings(group, step))
+
+    def settings_of_bitsandbytes(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        # Its Adam decays as AdamW does.
+        return {**super().settings_of_bitsandbytes(group), "decoupled_weight_decay": True}
 
 
 class AdamW(BlockwiseOptimizer):

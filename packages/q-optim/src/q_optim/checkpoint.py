@@ -48,7 +48,8 @@ def check_state(what: str, state: Mapping[str, Any], parts: Sequence[Part]) -> N
     expected = {part.key: part for part in parts}
     if set(state) != {"step", *expected}:
         raise ValueError(
-            f"{what} holds {sorted(state)}, expected {sorted({'step', *expected})}; was it saved by another optimizer?"
+            f"{what} holds {sorted(state)}, expected {sorted({'step', *expected})}; "
+            "was it saved by another optimizer, or with other optim_bits, min_8bit_size or overrides?"
         )
     if type(state["step"]) is not int or state["step"] < 0:
         raise ValueError(f"{what}: step is {state['step']!r}, expected an int of 0 or more")
@@ -68,17 +69,16 @@ def as_ours(what: str, optimizer: BlockwiseOptimizer, state_dict: StateDict) -> 
     if not _is_bitsandbytes(groups):
         return state_dict
     check_groups(what, groups, optimizer.param_groups, ())
+    states = {index: {**state, **state.get(_WRAPPED, {})} for index, state in states.items()}
     converted, own_groups = {}, []
     for saved, own in zip(groups, optimizer.param_groups, strict=True):
+        _check_algorithm(what, optimizer, saved, [states[index] for index in saved["params"] if index in states])
         group = {**own, **optimizer.settings_of_bitsandbytes(saved), "params": saved["params"]}
         own_groups.append(group)
         names = optimizer.update(group, 1).states
         for index, param in zip(saved["params"], own["params"], strict=True):
             if index in states:
-                state = states.pop(index)
-                converted[index] = _converted(
-                    f"{what}: the state of parameter {index}", {**state, **state.get(_WRAPPED, {})}, names
-                )
+                converted[index] = _converted(f"{what}: the state of parameter {index}", states.pop(index), names)
                 for name, held in converted[index].items():
                     if name.startswith("absmax"):
                         shape = scales_shape(param.shape, DEFAULT_BLOCKSIZES[8])
@@ -89,6 +89,28 @@ def as_ours(what: str, optimizer: BlockwiseOptimizer, state_dict: StateDict) -> 
 def _is_bitsandbytes(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Its groups have betas whatever the algorithm, and nothing of how states are held, as ours have, or are computed, as torch's."""
     return all("betas" in group and "optim_bits" not in group and "foreach" not in group for group in groups)
+
+
+def _check_algorithm(
+    what: str, optimizer: BlockwiseOptimizer, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse states of another algorithm; Adam's and AdamW's are alike."""
+    if not states:
+        return
+    algorithms = _saved_by(group, set().union(*states))
+    if not algorithms & {cls.__name__ for cls in type(optimizer).__mro__}:
+        names = " or ".join(sorted(algorithms))
+        raise ValueError(f"{what}: the states were saved by bitsandbytes' {names}; load them into the optimizer of that name")
+
+
+def _saved_by(group: Mapping[str, Any], keys: set[str]) -> set[str]:
+    """Which of bitsandbytes' algorithms it can have been. They aren't named, but differ in their states and in how they use settings."""
+    bounds_norms = "unorm_vec" in keys
+    if "state2" in keys:
+        return {"AdEMAMix"} if len(group["betas"]) == 3 else {"LAMB"} if bounds_norms else {"Adam", "AdamW"}
+    if group["eps"]:
+        return {"RMSprop"} if group["betas"][0] else {"Adagrad"}
+    return {"Lion"} if group["betas"][1] else {"LARS"} if bounds_norms else {"SGD"}
 
 
 def _converted(what: str, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -60,11 +60,11 @@ def share(param: Tensor, tensor: Tensor) -> Tensor:
     """What this process is to hold of a tensor that has the parameter's rows, wherever it was: summed, cut or gathered."""
     if not is_distributed(param):
         return whole(tensor)
-    if not is_distributed(tensor):
-        tensor = _replicated(param, tensor)
-    elif tensor.device_mesh != param.device_mesh:
+    if not is_distributed(tensor) or tensor.device_mesh != param.device_mesh:
         tensor = _replicated(param, whole(tensor))
-    return tensor.redistribute(placements=param.placements).to_local()
+    if tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    return tensor.to_local()
 
 
 def keep_share(tensor: Tensor, updated: Tensor) -> None:
