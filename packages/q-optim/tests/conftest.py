@@ -67,6 +67,13 @@ def variant(request: pytest.FixtureRequest) -> Variant:
     return found
 
 
+@pytest.fixture(params=[each for each in _VARIANTS if each.values[0].bits < 32 and each.values[0].algorithm is not Muon])
+def coded_rule(request: pytest.FixtureRequest) -> Variant:
+    """Each rule of the op surface with its states in codes."""
+    found: Variant = request.param
+    return found
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Each dtype that a parameter may have."""

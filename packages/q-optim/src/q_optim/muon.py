@@ -68,7 +68,8 @@ class MuonUpdate:
         momentum = storage.decode(segment, "state1").lerp(grad, 1 - self.momentum)
         direction = grad.lerp(momentum, self.momentum) if self.nesterov else momentum
         update = orthogonalized(direction.view(segment.shape), self.ns_coefficients, self.ns_steps, self.eps).reshape(-1)
-        moved = segment.param * (1 - self.lr * self.weight_decay) - self._adjusted_lr(segment.shape) * update
+        decayed = segment.param.float() * (1 - self.lr * self.weight_decay)
+        moved = torch.add(decayed, update, alpha=-self._adjusted_lr(segment.shape))
         segment.param.copy_(torch.where(keep, moved, segment.param))
         storage.encode(segment, "state1", momentum, keep.expand(grad.shape))
         segment.skipped.add_((~keep) * grad.numel())
