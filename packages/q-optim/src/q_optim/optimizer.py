@@ -236,7 +236,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for i, each in enumerate(group["params"]):
                 if each is param:
-                    return repr(group["param_names"][i]) if "param_names" in group else f"parameter {place}"
+                    return str(group["param_names"][i]) if "param_names" in group else f"parameter {place}"
                 place += 1
         raise AssertionError("asked for parameters of the groups only")
 
