@@ -17,13 +17,13 @@ from q_optim.adam import (
     PagedAdamW32bit,
 )
 from q_optim.ademamix import AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit
+from q_optim.arguments import StorageArguments
 from q_optim.lamb import LAMB, LAMB8bit, LAMB32bit, PagedLAMB, PagedLAMB8bit, PagedLAMB32bit
 from q_optim.lars import LARS, LARS8bit, LARS32bit, PagedLARS, PagedLARS8bit, PagedLARS32bit
 from q_optim.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from q_optim.manager import GlobalOptimManager
 from q_optim.memory import state_bytes
 from q_optim.muon import Muon, Muon8bit, PagedMuon, PagedMuon8bit
-from q_optim.optimizer import StorageArguments
 from q_optim.rmsprop import PagedRMSprop, PagedRMSprop8bit, PagedRMSprop32bit, RMSprop, RMSprop8bit, RMSprop32bit
 from q_optim.sgd import SGD, PagedSGD, PagedSGD8bit, PagedSGD32bit, SGD8bit, SGD32bit
 

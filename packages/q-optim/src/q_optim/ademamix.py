@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from q_optim import checks
 from q_optim.adam import adam_settings
-from q_optim.optimizer import BlockwiseOptimizer, StorageArguments
+from q_optim.arguments import StorageArguments
+from q_optim.optimizer import BlockwiseOptimizer
 from q_optim.update import SurfaceUpdate
 
 

@@ -7,7 +7,8 @@ from typing import Any, Unpack
 from torch.optim.optimizer import ParamsT
 
 from q_optim import checks
-from q_optim.optimizer import BlockwiseOptimizer, StorageArguments
+from q_optim.arguments import StorageArguments
+from q_optim.optimizer import BlockwiseOptimizer
 from q_optim.update import SurfaceUpdate, common_settings
 
 

@@ -44,17 +44,6 @@ class GlobalOptimManager:
                 if not isinstance(each, Tensor):
                     raise TypeError(f"GlobalOptimManager.register_parameters: got {type(each).__name__}, expected parameters")
 
-    def register_parameters(self, params: Iterable[Tensor | Mapping[str, Any]]) -> None:
-        """Check that these are parameters, or groups of them. Overrides go by identity, so nothing else is needed.
-
-        Raises:
-            TypeError: something else is among them.
-        """
-        for given in params:
-            for param in given["params"] if isinstance(given, Mapping) else [given]:
-                if not isinstance(param, Tensor):
-                    raise TypeError(f"GlobalOptimManager.register_parameters: got {type(param).__name__}, expected parameters or groups")
-
     def override_config(
         self,
         parameters: Tensor | Iterable[Tensor],

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from q_optim import checks
-from q_optim.optimizer import BlockwiseOptimizer, StorageArguments
+from q_optim.arguments import StorageArguments
+from q_optim.optimizer import BlockwiseOptimizer
 from q_optim.segment import Segment
 from q_optim.storage import Storage
 
@@ -63,6 +64,7 @@ class MuonUpdate:
             self._step(segment, storage)
 
     def _step(self, segment: Segment, storage: Storage) -> None:
+        segment = segment.flat()
         keep = segment.grad.isfinite().all()
         grad = segment.grad.float()
         momentum = storage.decode(segment, "state1").lerp(grad, 1 - self.momentum)

@@ -8,74 +8,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from q_core.formats.codebooks import BLOCKSIZES
 from q_core.optimizers import preferences
 from q_core.specs.check import FLOATS
 from q_optim import checkpoint, checks, shards
+from q_optim.arguments import ONE_WAY, StorageArguments, check_storage, paging_of
 from q_optim.manager import GlobalOptimManager
 from q_optim.paging import InMemory, Placement, paged_placement
 from q_optim.segment import Segment
 from q_optim.storage import DEFAULT_BLOCKSIZES, Part, Storage, blocksize_within_rows, storage_of
 from q_optim.update import StochasticallyRounded, Update
 
-DEFAULT_BUDGET = 1 << 28
-
-
-class StorageArguments(TypedDict, total=False):
-    """Arguments that every optimizer here has beside those of its algorithm; a parameter group may have its own of all but the paging.
-
-    Attributes:
-        optim_bits: precision of the states: 32, or 8 (AdamW: also 4). By default what the class's name says.
-        min_8bit_size: number of elements from which a tensor's states are held in fewer than 32 bits; 4096 by default.
-        blocksize: elements a scale, a power of two in 32…4096; 256 in 8 bits and 128 in 4 by default.
-        stochastic_rounding: compute in float32 and round bfloat16 parameters at random, up as often as the exact value is near the upper
-            neighbour, so that small updates aren't lost and no float32 copy is needed.
-        maximize: ascend instead of descend.
-        is_paged: keep the states of large models outside the device's memory: in pinned host memory, or on a CPU in a file.
-        paged_budget: bytes of the device's memory that states may take when paged; half for states that stay there, half for those under
-            way. 256 MiB by default.
-        paged_directory: where the file is made, on a CPU; by default where temporary files are. It has no name and vanishes with the
-            process.
-        foreach, fused: ``None`` or ``True``, and that is how it's done: one fused call for all tensors that are alike.
-        capturable, differentiable: ``False``.
-        args: ``None``.
-    """
-
-    optim_bits: Literal[4, 8, 32]
-    min_8bit_size: int
-    blocksize: int | None
-    stochastic_rounding: bool
-    maximize: bool
-    is_paged: bool
-    paged_budget: int
-    paged_directory: str | Path | None
-    foreach: Literal[True] | None
-    fused: Literal[True] | None
-    capturable: Literal[False]
-    differentiable: Literal[False]
-    args: None
-
-
 _OF_MANY = ("params", "param_names")  # what a group has beside settings
-_ONE_WAY = {
-    "foreach": ((None, True), "all tensors of a group are updated in one call"),
-    "fused": ((None, True), "the update is one pass over memory"),
-    "capturable": ((False,), "the step number is counted on the host"),
-    "differentiable": ((False,), "parameters are updated in place"),
-    "args": ((None,), "pass what it would hold as arguments"),
-}
 
 
-@dataclass(frozen=True, slots=True)
-class _Alike:
+class _Alike(NamedTuple):
     """What parameters must share to be updated by one call."""
 
     device: torch.device
@@ -104,15 +56,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         algorithm, *special = _lineage(self)
         if bits != self.default_bits and any("default_bits" in vars(cls) for cls in special):
             raise ValueError(f"{what}: optim_bits is {bits!r}, but its states have {self.default_bits}; use {algorithm.__name__}")
-        is_paged = given.get("is_paged", self.default_paged)
-        checks.flag(what, "is_paged", is_paged)
-        if not is_paged and given.keys() & {"paged_budget", "paged_directory"}:
-            raise ValueError(f"{what}: paged_budget and paged_directory are for paged states; pass is_paged=True")
-        self._paging = (given.get("paged_budget", DEFAULT_BUDGET), given.get("paged_directory")) if is_paged else None
-        if self._paging is not None:
-            checks.count(what, "paged_budget", self._paging[0])
-            if self._paging[1] is not None and not Path(self._paging[1]).is_dir():
-                raise ValueError(f"{what}: paged_directory is {str(self._paging[1])!r}, expected a directory that exists")
+        self._paging = paging_of(what, given, by_default=self.default_paged)
         self._forget()
         defaults = {
             **settings,
@@ -122,7 +66,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             "stochastic_rounding": given.get("stochastic_rounding", False),
             "maximize": given.get("maximize", False),
         }
-        self.check_group(what, {**defaults, **{key: given[key] for key in _ONE_WAY if key in given}})
+        self.check_group(what, {**defaults, **{key: given[key] for key in ONE_WAY if key in given}})
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -141,15 +85,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """Refuse settings that can't be meant."""
         checks.number(what, "lr", group["lr"])
         checks.number(what, "weight_decay", group["weight_decay"])
-        checks.one_of(what, "optim_bits", group["optim_bits"], self.supported_bits)
-        checks.count(what, "min_8bit_size", group["min_8bit_size"])
-        if group["blocksize"] is not None:
-            checks.one_of(what, "blocksize", group["blocksize"], BLOCKSIZES)
-        checks.flag(what, "stochastic_rounding", group["stochastic_rounding"])
-        checks.flag(what, "maximize", group["maximize"])
-        for key, (supported, why) in _ONE_WAY.items():
-            if key in group:
-                checks.supported(what, key, group[key], supported, why)
+        check_storage(what, group, self.supported_bits)
 
     def check_parameter(self, what: str, param: Tensor) -> None:
         """Refuse a parameter that can't be trained."""
@@ -308,7 +244,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 key = _Alike(
                     device=param.device,
                     storage=self._storage(settings, param),
-                    step=self.state.get(param, {}).get("step", 0) + 1,
+                    step=self.state[param]["step"] + 1 if param in self.state else 1,
                     rounded=settings["stochastic_rounding"] and param.dtype == torch.bfloat16,
                     settings=_identity(group, settings),
                 )
@@ -329,9 +265,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for key, (settings, params) in alike.items():
             names = self.update(settings, key.step).states
             for param in params:
-                for part in self._parts(key.storage, settings, names, param):
-                    if part.key not in self.state.get(param, {}):
-                        missing.append((param, part))
+                state = self.state.get(param, {})
+                if not state or any(name not in state for name in names):
+                    missing += [(param, part) for part in self._parts(key.storage, settings, names, param) if part.key not in state]
                 if param not in self._skipped:
                     self._skipped[param] = torch.zeros((), dtype=torch.int64, device=key.device)
         for param, part, tensor in self._made(missing):
@@ -383,11 +319,11 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         else:
             # The ops walk memory flat, so a parameter that isn't contiguous (channels_last, say) is updated in a copy and written back.
             locals_ = [shards.local(param) for param in params]
-            flat = [param.contiguous() for param in locals_]
+            packed = [param.contiguous() for param in locals_]
             placement.run(
-                update, [self._segment(param, values, settings) for param, values in zip(params, flat, strict=True)], key.storage
+                update, [self._segment(param, values, settings) for param, values in zip(params, packed, strict=True)], key.storage
             )
-            for param, updated in zip(locals_, flat, strict=True):
+            for param, updated in zip(locals_, packed, strict=True):
                 if updated is not param:
                     param.copy_(updated)
         for param in params:
@@ -395,12 +331,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _segment(self, param: Tensor, values: Tensor, settings: dict[str, Any]) -> Segment:
         assert param.grad is not None
-        grad = shards.share(param, param.grad).reshape(-1)
+        grad = shards.share(param, param.grad)
         return Segment(
             shape=param.shape,
-            param=values.view(-1),
+            param=values,
             grad=-grad if settings["maximize"] else grad,
-            states={name: shards.local(held).view(-1) for name, held in self.state[param].items() if name != "step"},
+            states={name: shards.local(held) for name, held in self.state[param].items() if name != "step"},
             skipped=self._skipped[param],
         )
 
@@ -409,13 +345,13 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         held = {name: tensor for name, tensor in self.state[param].items() if name != "step"}
         full = {name: shards.whole(tensor) for name, tensor in held.items()}
         assert param.grad is not None
-        grad = shards.whole(param.grad).reshape(-1)
+        grad = shards.whole(param.grad)
         values = shards.whole(param)
         segment = Segment(
             shape=param.shape,
-            param=values.view(-1),
+            param=values,
             grad=-grad if settings["maximize"] else grad,
-            states={name: tensor.view(-1) for name, tensor in full.items()},
+            states=full,
             skipped=self._skipped[param],
         )
         update([segment], key.storage)
@@ -444,7 +380,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def _checked_states(self, what: str, state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
         groups, states = state_dict["param_groups"], dict(state_dict["state"])
         # torch's load_state_dict puts differentiable among the defaults; it is none of our settings.
-        checkpoint.check_groups(what, groups, self.param_groups, self.defaults.keys() - _ONE_WAY.keys())
+        checkpoint.check_groups(what, groups, self.param_groups, self.defaults.keys() - ONE_WAY.keys())
         checked = {}
         for saved, own in zip(groups, self.param_groups, strict=True):
             self.check_group(what, saved)

@@ -19,12 +19,12 @@ def absmax_key(state: str) -> str:
     return state.replace("state", "absmax")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
-    """Elements of a parameter that lie side by side, and what belongs to them: flat tensors, views where nothing had to be copied.
+    """Elements of a parameter that lie side by side, and what belongs to them: contiguous tensors, of the parameter's shape or flat.
 
     Attributes:
-        shape: of the whole parameter, for updates that take it as a matrix.
+        shape: of the whole parameter.
         param: the elements.
         grad: their gradients.
         states: the tensors that hold their states, by key.
@@ -41,8 +41,13 @@ class Segment:
     def state_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.states.values())
 
+    def flat(self) -> Segment:
+        """The same elements, every tensor flat."""
+        states = {key: held.view(-1) for key, held in self.states.items()}
+        return replace(self, param=self.param.view(-1), grad=self.grad.reshape(-1), states=states)
+
     def part(self, first: int, last: int) -> Segment:
-        """The elements first…last-1, ``first`` a multiple of :data:`ALIGNMENT`."""
+        """The elements first…last-1 of a flat segment, ``first`` a multiple of :data:`ALIGNMENT`."""
         numel = self.param.numel()
 
         def cut(held: Tensor) -> Tensor:
@@ -57,11 +62,11 @@ class Segment:
 
 
 def batches(segments: Sequence[Segment], elements: int, *, whole: bool = False) -> Iterator[list[Segment]]:
-    """The segments in lists of at most so many elements; longer ones are split, unless they must stay ``whole``."""
+    """The segments, flat, in lists of at most so many elements; longer ones are split, unless they must stay ``whole``."""
     elements = max(elements // ALIGNMENT, 1) * ALIGNMENT
     batch: list[Segment] = []
     room = elements
-    for segment in segments:
+    for segment in map(Segment.flat, segments):
         numel = segment.param.numel()
         parts = (
             [segment]

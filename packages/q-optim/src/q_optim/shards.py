@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    if type(tensor) is Parameter or type(tensor) is Tensor:
+        return False
     # Where that module was never imported, which takes a while, nothing is a DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
