@@ -99,6 +99,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def optimizers(session: nox.Session) -> None:
+    """Train at every precision of the states, measure memory and paging; fails where 8 bits lose; writes build/bench/optimizers.json."""
+    install_wheels(session, "optimizers")
+    output = BUILD.absolute() / "bench" / "optimizers.json"
+    session.run("python", "-m", "optimizers", "--output", str(output), *session.posargs, env={"PYTHONPATH": "integration_tests"})
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """Run q-cpu's tests, every case of them, on kernels built with the address and undefined-behaviour sanitizers."""
     install_wheels(session, "tests", [folder for folder in DISTRIBUTIONS if folder != Q_CPU])

@@ -26,6 +26,7 @@ def valid_calls() -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
     """One right call of each kernel, its arguments by name."""
     optimizer = {
         "name": "ademamix", "params": [torch.randn(100), torch.randn(33)], "grads": [torch.randn(100), torch.randn(33)],
+        "skipped": [torch.tensor(0), torch.tensor(0)],
         "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 1.0, "eps": 1e-8, "weight_decay": 0.0,
         "dampening": 0.0, "nesterov": False, "trust_coefficient": 0.0, "step": 1,
     }  # fmt: skip
@@ -139,10 +140,11 @@ ARGUMENTS = [(op, argument) for op, (_, arguments) in CALLS.items() for argument
 def wrong_tensors(right: torch.Tensor) -> list[Any]:
     """What is like a right tensor in all but one respect, and what is no tensor."""
     other = {torch.float32: torch.float64}.get(right.dtype, torch.float32)
+    views = [torch.stack([right, right], dim=-1)[..., 0], right.reshape(-1)[:1].expand(right.numel())]
     return [
         right.to(other), right.to(torch.complex64), right.to(torch.int16), right.to("meta"), right.to_sparse(),
         torch.cat([right.reshape(-1), right.reshape(-1)[:1]]), right.reshape(-1)[:-2], right.reshape(-1)[:0],
-        torch.stack([right, right], dim=-1)[..., 0], right.reshape(-1)[:1].expand(right.numel()),
+        *(views if right.numel() > 1 else []),  # one element has no layout
         right.tolist(), right.numpy(), "tensor", 3, object(), torch.Tensor,
     ]  # fmt: skip
 

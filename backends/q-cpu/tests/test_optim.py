@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -180,16 +180,24 @@ class State8bit:
 
 
 def step_8bit(
-    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State8bit], step: int, blocksize: int = 256
+    rule: Rule,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State8bit],
+    step: int,
+    blocksize: int = 256,
+    skipped: Sequence[Tensor] = (),
 ) -> None:
     held = [[state.codes[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
     scales = [[state.absmax[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
-    optim.optimizer_step_8bit(rule.name, params, grads, *held, *scales, SIGNED, UNSIGNED, *rule.arguments(step), blocksize)
+    optim.optimizer_step_8bit(rule.name, params, grads, *held, *scales, skipped, SIGNED, UNSIGNED, *rule.arguments(step), blocksize)
 
 
-def step_32bit(rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[States], step: int) -> None:
+def step_32bit(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[States], step: int, skipped: Sequence[Tensor] = ()
+) -> None:
     held = [[state[s] for state in states] if s in rule.states else [] for s in ALL_STATES]
-    optim.optimizer_step_32bit(rule.name, params, grads, *held, *rule.arguments(step))
+    optim.optimizer_step_32bit(rule.name, params, grads, *held, skipped, *rule.arguments(step))
 
 
 def zeros_32bit(rule: Rule, numel: int) -> States:
@@ -351,13 +359,15 @@ def test_a_block_with_a_non_finite_gradient_keeps_everything(poison, dtype, rule
     p, g = torch.randn(700).to(dtype), torch.randn(700).to(dtype)
     step_8bit(rule, [p], [g], [state], 1)
     before, old = p.clone(), state.clone()
-    g[300] = poison
-    step_8bit(rule, [p], [g], [state], 2)
+    g[[300, 310]] = poison
+    counter = torch.tensor(5)
+    step_8bit(rule, [p], [g], [state], 2, skipped=[counter])
     kept = slice(None) if rule.name in WHOLE_TENSOR_RULES else slice(256, 512)
     assert torch.equal(p[kept], before[kept])
     for s in rule.states:
         assert torch.equal(state.codes[s][kept], old.codes[s][kept])
         assert state.absmax[s][1] == old.absmax[s][1]
+    assert counter == 5 + p[kept].numel()
     assert torch.equal(p, before) == (rule.name in WHOLE_TENSOR_RULES)
     assert p.isfinite().all()
 
@@ -371,12 +381,14 @@ def test_an_element_with_a_non_finite_gradient_keeps_everything(poison, dtype, r
     g[[3, 49]] = poison
     before, old = p.clone(), {s: x.clone() for s, x in states.items()}
     fast = replace(rule, lr=1.0)
-    step_32bit(fast, [p], [g], [states], 2)
+    counter = torch.tensor(5)
+    step_32bit(fast, [p], [g], [states], 2, skipped=[counter])
     kept = torch.zeros(50, dtype=torch.bool)
     kept[[3, 49]] = True
     kept |= rule.name in WHOLE_TENSOR_RULES
     for found, was in ((p, before), *((states[s], old[s]) for s in rule.states)):
         assert torch.equal(found == was, kept)
+    assert counter == 5 + kept.sum()
 
 
 @every_rule

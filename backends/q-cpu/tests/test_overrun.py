@@ -187,10 +187,10 @@ def test_optimizer_steps(place, lengths, dtype, name):
         param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
         codes = [[p(torch.zeros(n, dtype=u8))] if keeps else [] for keeps in kept]
         scales = [[p(torch.zeros(blocks))] if keeps else [] for keeps in kept]
-        native.optimizer_step_8bit(name, [param], [grad], *codes, *scales, p(SIGNED), p(UNSIGNED), *rest, 32)
+        native.optimizer_step_8bit(name, [param], [grad], *codes, *scales, [], p(SIGNED), p(UNSIGNED), *rest, 32)
         p = place()
         param, grad = p(torch.randn(n).to(dtype)), p(torch.randn(n).to(dtype))
-        native.optimizer_step_32bit(name, [param], [grad], *([p(torch.zeros(n))] if keeps else [] for keeps in kept), *rest)
+        native.optimizer_step_32bit(name, [param], [grad], *([p(torch.zeros(n))] if keeps else [] for keeps in kept), [], *rest)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

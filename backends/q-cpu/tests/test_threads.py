@@ -52,9 +52,9 @@ def every_kernel() -> Iterator[Tensor]:
         codes = [[torch.zeros(p.shape, dtype=torch.uint8) for p in held] for held in kept]
         scales = [[torch.zeros(-(-p.numel() // 256)) for p in held] for held in kept]
         settings = (0.1, 0.9, 0.99, 0.999, 1.0, 1e-8, 0.1, 0.0, False, 0.1, 2)
-        native.optimizer_step_8bit(name, params, grads, *codes, *scales, SIGNED, UNSIGNED, *settings, 256)
+        native.optimizer_step_8bit(name, params, grads, *codes, *scales, [], SIGNED, UNSIGNED, *settings, 256)
         moments = [[torch.zeros(p.shape) for p in held] for held in kept]
-        native.optimizer_step_32bit(name, params, grads, *moments, *settings)
+        native.optimizer_step_32bit(name, params, grads, *moments, [], *settings)
         for tensors in (params, *codes, *scales, *moments):
             yield from tensors
 

@@ -39,11 +39,13 @@ SCHEMAS = {
     "prepack_weight": "(str format, Tensor[] tensors, SymInt[] shape, SymInt blocksize, str layout) -> Tensor[]",
     "unpack_weight": "(str format, Tensor[] tensors, SymInt[] shape, SymInt blocksize, str layout) -> Tensor[]",
     "optimizer_step_8bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
-    "Tensor(a5!)[] state3, Tensor(a6!)[] absmax1, Tensor(a7!)[] absmax2, Tensor(a8!)[] absmax3, Tensor code1, Tensor code2, float lr, "
-    "float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, float dampening, bool nesterov, "
+    "Tensor(a5!)[] state3, Tensor(a6!)[] absmax1, Tensor(a7!)[] absmax2, Tensor(a8!)[] absmax3, Tensor(a9!)[] skipped, "
+    "Tensor code1, Tensor code2, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+    "float dampening, bool nesterov, "
     "float trust_coefficient, SymInt step, SymInt blocksize) -> ()",
     "optimizer_step_32bit": "(str name, Tensor(a1!)[] params, Tensor[] grads, Tensor(a3!)[] state1, Tensor(a4!)[] state2, "
-    "Tensor(a5!)[] state3, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+    "Tensor(a5!)[] state3, Tensor(a6!)[] skipped, float lr, float beta1, float beta2, float beta3, float alpha, float eps, "
+    "float weight_decay, "
     "float dampening, bool nesterov, float trust_coefficient, SymInt step) -> ()",
     "write_kv": "(Tensor k_TGD, Tensor v_TGD, Tensor(a2!) k_cache_BGSD, Tensor(a3!) v_cache_BGSD, Tensor slot_mapping, "
     "Tensor(a5!)? k_scale_BGS, Tensor(a6!)? v_scale_BGS) -> ()",

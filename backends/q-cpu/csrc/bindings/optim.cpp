@@ -122,7 +122,7 @@ void parallel_for_tensors(const std::vector<int64_t>& starts, int64_t elements_p
 }
 
 using StateLists = std::array<const py::sequence*, kMaxStates>;
-using Kernel = void (*)(const OptimizerTensor&, const OptimizerSettings&, int64_t, int64_t);
+using Kernel = int64_t (*)(const OptimizerTensor&, const OptimizerSettings&, int64_t, int64_t);
 using NormsKernel = OptimizerNorms (*)(const OptimizerTensor&, const OptimizerSettings&, int64_t, int64_t);
 
 constexpr const char* kStateNames[kMaxStates] = {"state1", "state2", "state3"};
@@ -133,13 +133,15 @@ struct Tensors {
   std::vector<OptimizerTensor> all;
   std::vector<int64_t> starts{0};
   std::vector<bool> kept;  // as they are: no step touches them
+  std::vector<int64_t*> skipped;  // where elements left as they were are counted, if they are
   std::vector<py::tuple> held;
 
   int64_t units(size_t i) const { return starts[i + 1] - starts[i]; }
 };
 
-// Parameters and gradients; their states are filled in by the caller.
-Tensors parameters_of(const char* op, const py::sequence& params, const py::sequence& grads, int64_t unit) {
+// Parameters, gradients and counters; their states are filled in by the caller.
+Tensors parameters_of(const char* op, const py::sequence& params, const py::sequence& grads, const py::sequence& skipped,
+                      int64_t unit) {
   Tensors tensors;
   const size_t count = params.size();
   const TensorList all_params(params, op, "params", count), all_grads(grads, op, "grads", count);
@@ -158,6 +160,9 @@ Tensors parameters_of(const char* op, const py::sequence& params, const py::sequ
     tensors.starts.push_back(tensors.starts.back() + (param.numel() + unit - 1) / unit);
   }
   tensors.kept.resize(count);
+  const TensorList counters(skipped, op, "skipped", skipped.size() ? count : 0);
+  tensors.held.push_back(counters.held());
+  for (size_t i = 0; i < counters.held().size(); ++i) tensors.skipped.push_back(counters[i].of(Scalar::i64).sized(1).data<int64_t>());
   return tensors;
 }
 
@@ -204,14 +209,20 @@ void find_trust_ratios(const Arguments& a, const OptimizerSettings& h, NormsKern
 void run_step(const Arguments& a, const OptimizerSettings& h, Kernel kernel, NormsKernel norms, Tensors& tensors) {
   if (h.rule == OptimizerRule::lamb || h.rule == OptimizerRule::lars) find_trust_ratios(a, h, norms, tensors);
   const int64_t unit = tensors.all.empty() ? 1 : tensors.all[0].unit;
+  const auto count = [&](size_t i, int64_t elements) {
+    if (elements && !tensors.skipped.empty()) __atomic_fetch_add(tensors.skipped[i], elements, __ATOMIC_RELAXED);
+  };
   parallel_for_tensors(tensors.starts, unit, [&](size_t i, int64_t first, int64_t last) {
-    if (!tensors.kept[i]) kernel(tensors.all[i], h, first, last);
+    if (!tensors.kept[i]) count(i, kernel(tensors.all[i], h, first, last));
   });
+  for (size_t i = 0; i < tensors.kept.size(); ++i) {
+    if (tensors.kept[i]) count(i, tensors.all[i].numel);
+  }
 }
 
 void optimizer_step_8bit(const std::string& name, const py::sequence& params, const py::sequence& grads, const py::sequence& state1,
                          const py::sequence& state2, const py::sequence& state3, const py::sequence& absmax1,
-                         const py::sequence& absmax2, const py::sequence& absmax3, py::handle code1, py::handle code2, double lr,
+                         const py::sequence& absmax2, const py::sequence& absmax3, const py::sequence& skipped, py::handle code1, py::handle code2, double lr,
                          double beta1, double beta2, double beta3, double alpha, double eps, double weight_decay, double dampening,
                          bool nesterov, double trust_coefficient, int64_t step, int64_t blocksize) {
   constexpr const char* op = "optimizer_step_8bit";
@@ -221,7 +232,7 @@ void optimizer_step_8bit(const std::string& name, const py::sequence& params, co
   const auto second_moments = code_book({op, "code2"}, code2);
   const CodeBook* books[kMaxStates] = {first_moments.get(), second_moments.get(), first_moments.get()};
   count_blocks(op, 0, blocksize);
-  Tensors tensors = parameters_of(op, params, grads, blocksize);
+  Tensors tensors = parameters_of(op, params, grads, skipped, blocksize);
   const StateLists states{&state1, &state2, &state3}, scales{&absmax1, &absmax2, &absmax3};
   for (int state = 0; state < kMaxStates; ++state) {
     const size_t length = expected_length(h, state, tensors);
@@ -238,13 +249,14 @@ void optimizer_step_8bit(const std::string& name, const py::sequence& params, co
 }
 
 void optimizer_step_32bit(const std::string& name, const py::sequence& params, const py::sequence& grads,
-                          const py::sequence& state1, const py::sequence& state2, const py::sequence& state3, double lr, double beta1, double beta2,
+                          const py::sequence& state1, const py::sequence& state2, const py::sequence& state3,
+                          const py::sequence& skipped, double lr, double beta1, double beta2,
                           double beta3, double alpha, double eps, double weight_decay, double dampening, bool nesterov,
                           double trust_coefficient, int64_t step) {
   constexpr const char* op = "optimizer_step_32bit";
   const Arguments a{op, name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step};
   const OptimizerSettings h = settings_of(a);
-  Tensors tensors = parameters_of(op, params, grads, kOptimizerRun);
+  Tensors tensors = parameters_of(op, params, grads, skipped, kOptimizerRun);
   const StateLists states{&state1, &state2, &state3};
   for (int state = 0; state < kMaxStates; ++state) {
     const size_t length = expected_length(h, state, tensors);
@@ -261,12 +273,12 @@ void optimizer_step_32bit(const std::string& name, const py::sequence& params, c
 
 void bind_optim(py::module_& m) {
   m.def("optimizer_step_8bit", &optimizer_step_8bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
-        py::arg("state2"), py::arg("state3"), py::arg("absmax1"), py::arg("absmax2"), py::arg("absmax3"), py::arg("code1"),
-        py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"), py::arg("eps"),
+        py::arg("state2"), py::arg("state3"), py::arg("absmax1"), py::arg("absmax2"), py::arg("absmax3"), py::arg("skipped"),
+        py::arg("code1"), py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"), py::arg("step"),
         py::arg("blocksize"));
   m.def("optimizer_step_32bit", &optimizer_step_32bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
-        py::arg("state2"), py::arg("state3"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"),
+        py::arg("state2"), py::arg("state3"), py::arg("skipped"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"),
         py::arg("eps"), py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"),
         py::arg("step"));
 }

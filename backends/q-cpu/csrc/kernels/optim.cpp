@@ -159,19 +159,27 @@ inline void encode_unit(const OptimizerTensor& a, int64_t index, const Unit& uni
   }
 }
 
+int64_t count_non_finite(const float* x, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += !(__builtin_fabsf(x[i]) < __builtin_inff());
+  return found;
+}
+
 template <class Rule, Bits kBits>
-void step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+int64_t step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
   Buffers buffers;
   Unit units[kMostAtOnce];
   Largest largest[kMostAtOnce];
   bool finite[kMostAtOnce];
+  int64_t skipped = 0;
   const int64_t at_once = a.unit < kElementsAtOnce ? kElementsAtOnce / a.unit : 1;
   for (int64_t index = first; index < last; index += at_once) {
     const int64_t count = smaller(at_once, last - index);
     for (int64_t i = 0; i < count; ++i) {
       const Unit& unit = units[i] = load_unit<Rule, kBits>(a, index + i, buffers, i * a.unit);
-      finite[i] = kBits == Bits::thirty_two || absmax_bits(unit.grad, unit.count) < kInfinity;
-      if (!finite[i]) continue;
+      finite[i] = absmax_bits(unit.grad, unit.count) < kInfinity;
+      if (!finite[i]) skipped += kBits == Bits::eight ? unit.count : count_non_finite(unit.grad, unit.count);
+      if (!finite[i] && kBits == Bits::eight) continue;
       largest[i] = update_unit<Rule, kBits>(unit, a.trust_ratio, h);
       store(unit.param, unit.count, a.param, a.dtype, unit.begin);
     }
@@ -180,6 +188,7 @@ void step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t la
       if (finite[i]) encode_unit<Rule>(a, index + i, units[i], largest[i]);
     }
   }
+  return skipped;
 }
 
 template <class Rule, Bits kBits>
@@ -204,7 +213,7 @@ OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first,
 }
 
 template <Bits kBits>
-void step_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
+int64_t step_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
   switch (h.rule) {
     case OptimizerRule::adam: return step<Adam, kBits>(a, h, first, last);
     case OptimizerRule::adamw: return step<AdamW, kBits>(a, h, first, last);
@@ -219,6 +228,7 @@ void step_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, in
     case OptimizerRule::lars:
       return h.momentum ? step<LARS<true>, kBits>(a, h, first, last) : step<LARS<false>, kBits>(a, h, first, last);
   }
+  __builtin_unreachable();
 }
 
 // lars measures parameters and gradients, whatever states it keeps.

@@ -57,9 +57,9 @@ struct OptimizerNorms {
 };
 
 struct OptimKernels {
-  // Ranges of units.
-  void (*step_8bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
-  void (*step_32bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
+  // Ranges of units. They return how many elements a non-finite gradient left as they were.
+  int64_t (*step_8bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
+  int64_t (*step_32bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
   // Of lamb and lars, to be known of all units before the step.
   OptimizerNorms (*norms_8bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);
   OptimizerNorms (*norms_32bit)(const OptimizerTensor&, const OptimizerSettings&, int64_t first, int64_t last);

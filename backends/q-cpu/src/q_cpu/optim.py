@@ -37,6 +37,7 @@ def optimizer_step_8bit(
     absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor],
     absmax3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     code1: Tensor,
     code2: Tensor,
     lr: float,
@@ -54,7 +55,7 @@ def optimizer_step_8bit(
 ) -> None:
     """Update parameters with optimizer states held in 8 bits."""
     native.optimizer_step_8bit(
-        name, params, [grad.contiguous() for grad in grads], state1, state2, state3, absmax1, absmax2, absmax3,
+        name, params, [grad.contiguous() for grad in grads], state1, state2, state3, absmax1, absmax2, absmax3, skipped,
         code1.contiguous(), code2.contiguous(),
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step, blocksize,
     )  # fmt: skip
@@ -68,6 +69,7 @@ def optimizer_step_32bit(
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
     state3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -82,6 +84,6 @@ def optimizer_step_32bit(
 ) -> None:
     """Update parameters with optimizer states held in float32."""
     native.optimizer_step_32bit(
-        name, params, [grad.contiguous() for grad in grads], state1, state2, state3,
+        name, params, [grad.contiguous() for grad in grads], state1, state2, state3, skipped,
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step,
     )  # fmt: skip

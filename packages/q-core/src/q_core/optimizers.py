@@ -1,4 +1,4 @@
-"""The optimizer rules by name: which states each keeps, and which settings it has.
+"""The optimizer rules by name: which states each keeps, and which settings it has; and what modules want of an optimizer.
 
 The rules themselves are written out in :mod:`q_core.ops.optim` and computed in :mod:`q_core.reference.optim`.
 """
@@ -6,7 +6,11 @@ The rules themselves are written out in :mod:`q_core.ops.optim` and computed in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
 
 OptimizerName = Literal["adam", "adamw", "ademamix", "lion", "sgd", "rmsprop", "adagrad", "lamb", "lars"]
 
@@ -51,3 +55,26 @@ SETTINGS = ("beta1", "beta2", "beta3", "alpha", "eps", "dampening", "nesterov", 
 ALL_STATES = ("state1", "state2", "state3")
 WHOLE_TENSOR_RULES = ("lamb", "lars")
 """Rules whose trust ratio takes norms over a whole tensor."""
+
+
+_PREFERENCES: WeakKeyDictionary[torch.nn.Module, dict[str, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def prefer(module: torch.nn.Module, parameter: str, **settings: Any) -> None:
+    """Say how a module wants a parameter of its own optimized, whichever optimizer that will be: ``optim_bits=32`` for one.
+
+    The parameter is looked up by name when an optimizer asks, so it may be replaced until then, as FSDP does. A copy of the module has no
+    preferences until it states them.
+    """
+    _PREFERENCES.setdefault(module, {})[parameter] = settings
+
+
+def preferences() -> dict[Tensor, dict[str, Any]]:
+    """The settings that modules prefer, by parameter."""
+    found = {}
+    for module, by_name in list(_PREFERENCES.items()):
+        for name, settings in by_name.items():
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                found[parameter] = settings
+    return found

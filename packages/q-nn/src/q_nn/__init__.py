@@ -12,6 +12,7 @@ from q_nn.memory import weight_bytes
 from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
 from q_nn.replace import replace_linears
 from q_nn.save import save_pretrained
+from q_nn.stable_embedding import StableEmbedding
 from q_nn.state_hooks import prepare
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizeReport",
     "QuantizedLayer",
     "QuantizedTensor",
+    "StableEmbedding",
     "add_lora",
     "load_into",
     "merge_lora",

@@ -51,6 +51,7 @@ def optimizer_step_8bit(
     absmax1: Sequence[Tensor] = (),
     absmax2: Sequence[Tensor] = (),
     absmax3: Sequence[Tensor] = (),
+    skipped: Sequence[Tensor] = (),
     code1: Tensor | None = None,
     code2: Tensor | None = None,
     *,
@@ -79,6 +80,7 @@ def optimizer_step_8bit(
         grads: same shapes and dtypes as params.
         state1, state2, state3: uint8, contiguous, numel of the parameter; mutated. Empty where the rule has no such state.
         absmax1, absmax2, absmax3: float32 [ceil(numel / blocksize)], with each state; mutated.
+        skipped: int64 [], the number of elements that a non-finite gradient left as they were is added; mutated. Empty: not counted.
         code1: float32 [256], sorted code book of state1 and state3; by default the signed dynamic map.
         code2: float32 [256], sorted code book of state2; by default the unsigned dynamic map.
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient: settings of the rule; those that it
@@ -93,7 +95,7 @@ def optimizer_step_8bit(
     if code2 is None:
         code2 = dynamic_map(signed=False, device=params[0].device)
     arguments = (
-        name, params, grads, state1, state2, state3, absmax1, absmax2, absmax3, code1, code2,
+        name, params, grads, state1, state2, state3, absmax1, absmax2, absmax3, skipped, code1, code2,
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step, blocksize,
     )  # fmt: skip
     spec.check_optimizer_step_8bit(*arguments)
@@ -108,6 +110,7 @@ def optimizer_step_32bit(
     state1: Sequence[Tensor] = (),
     state2: Sequence[Tensor] = (),
     state3: Sequence[Tensor] = (),
+    skipped: Sequence[Tensor] = (),
     *,
     lr: float,
     beta1: float = 0.0,
@@ -130,6 +133,7 @@ def optimizer_step_32bit(
         params: float32, bfloat16 or float16, any shape, contiguous; mutated.
         grads: same shapes and dtypes as params.
         state1, state2, state3: float32, contiguous, numel of the parameter; mutated. Empty where the rule has no such state.
+        skipped: int64 [], the number of elements that a non-finite gradient left as they were is added; mutated. Empty: not counted.
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient: settings of the rule; those that it
             doesn't use must be 0.
         step: number of this step, from 1.
@@ -137,7 +141,7 @@ def optimizer_step_32bit(
     if not params:
         return
     arguments = (
-        name, params, grads, state1, state2, state3,
+        name, params, grads, state1, state2, state3, skipped,
         lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step,
     )  # fmt: skip
     spec.check_optimizer_step_32bit(*arguments)

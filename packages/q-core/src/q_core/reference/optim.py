@@ -176,6 +176,7 @@ def optimizer_step_8bit(
     absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor],
     absmax3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     code1: Tensor,
     code2: Tensor,
     lr: float,
@@ -205,6 +206,8 @@ def optimizer_step_8bit(
         if name in WHOLE_TENSOR_RULES:
             finite = finite.all().expand_as(finite)
         keep = finite.repeat_interleave(blocksize)[: grad.numel()]
+        if skipped:
+            skipped[i].add_((~keep).sum())
         states = Moments(**{state: decode(codes[i], absmax[i], code, blocksize) for state, (codes, absmax, code) in kept.items()})
         updated, states = RULES[name](wide, grad, states, h)
         for state, (codes, absmax, code) in kept.items():
@@ -222,6 +225,7 @@ def optimizer_step_32bit(
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
     state3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -241,6 +245,8 @@ def optimizer_step_32bit(
         keep = grad.isfinite()
         if name in WHOLE_TENSOR_RULES:
             keep = keep.all().expand_as(keep)
+        if skipped:
+            skipped[i].add_((~keep).sum())
         old = {state: held[state][i].view(p.shape) for state in optimizers.RULES[name].names(beta1)}
         updated, states = RULES[name](wide, grad, Moments(**old), h)
         for state, before in old.items():

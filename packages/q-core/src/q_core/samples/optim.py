@@ -56,6 +56,10 @@ def _cases(make: Make) -> Iterator[tuple[dict[str, Any], tuple[tuple[int, ...], 
             yield settings, shapes
 
 
+def _counters(make: Make, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+    return [make.integers(low=0, high=9, dtype=torch.int64) for _ in shapes] if make.option(1, 0) else []
+
+
 def optimizer_step_8bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for settings, shapes in _cases(make):
         kept = RULES[settings["name"]].names(settings["beta1"])
@@ -65,6 +69,7 @@ def optimizer_step_8bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, An
             held = shapes if state in kept else ()
             call[state] = [make.integers(*shape, low=0, high=256, dtype=torch.uint8) for shape in held]
             call[f"absmax{i}"] = [make.uniform(-(-torch.Size(shape).numel() // blocksize), low=0.1) for shape in held]
+        call["skipped"] = _counters(make, shapes)
         yield call | {"code1": dynamic_map(signed=True), "code2": dynamic_map(signed=False), "blocksize": blocksize}
 
 
@@ -75,4 +80,5 @@ def optimizer_step_32bit(make: Make, dtype: torch.dtype) -> Iterator[dict[str, A
         for state in ALL_STATES:
             draw = make.uniform if state == "state2" else make.normal
             call[state] = [draw(*shape) for shape in shapes] if state in kept else []
+        call["skipped"] = _counters(make, shapes)
         yield call

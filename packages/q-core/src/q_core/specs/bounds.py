@@ -78,7 +78,7 @@ def _update_size(arguments: Arguments, index: int) -> float:
 
 
 def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
-    """A float32 state or a parameter may miss by its rounding; a code by one step, where a rounding crosses a midpoint.
+    """A float32 state or a parameter may miss by its rounding; a code by one step, where a rounding crosses a midpoint; a count by nothing.
 
     The terms of a state are its old value and the gradient or its square; an update over sqrt(v) is at most that of a first step, times
     1 / sqrt(1 - beta2) (arXiv 1412.6980, 2.1). Lion's sign may fall either way where rounding decides it.
@@ -87,6 +87,8 @@ def optimizer_step(arguments: Arguments, expected: Arguments) -> Arguments:
     def bound(name: str, index: int, value: Tensor) -> Tensor:
         if value.dtype is torch.uint8:
             return torch.ones(())
+        if value.dtype is torch.int64:
+            return torch.zeros(())
         magnitude = value.double().abs() + arguments[name][index].double().abs()
         size = _update_size(arguments, index)
         term = arguments["lr"] * size if name == "params" else max(size, size**2)

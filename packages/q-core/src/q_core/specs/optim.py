@@ -18,6 +18,7 @@ from q_core.specs.quantize import check_absmax, check_code
 
 NEUTRAL: dict[str, Any] = {
     "state3": [],
+    "skipped": [],
     "beta3": 0.0,
     "alpha": 0.0,
     "dampening": 0.0,
@@ -70,6 +71,15 @@ def _check_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{op}: params[{i}] is not contiguous, expected a contiguous tensor; call .contiguous() on it.")
 
 
+def _counters(op: str, skipped: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """Where skipped elements are counted, if they are."""
+    for i, counter in enumerate(skipped):
+        check.exact_dtype(op, f"skipped[{i}]", counter, torch.int64)
+        if counter.shape != ():
+            check.wrong_shape(op, f"skipped[{i}]", check.shape_of(counter), "[]")
+    return {"skipped": skipped} if skipped else {}
+
+
 def _check_state(op: str, argument: str, state: Tensor, dtype: torch.dtype, param: Tensor) -> None:
     check.exact_dtype(op, argument, state, dtype)
     if state.numel() != param.numel():
@@ -88,6 +98,7 @@ def check_optimizer_step_8bit(
     absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor],
     absmax3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     code1: Tensor,
     code2: Tensor,
     lr: float,
@@ -118,7 +129,7 @@ def check_optimizer_step_8bit(
         op, RULES[name].names(beta1),
         state1=state1, state2=state2, state3=state3, absmax1=absmax1, absmax2=absmax2, absmax3=absmax3,
     )  # fmt: skip
-    _check_lists(op, {"params": params, "grads": grads, **states})
+    _check_lists(op, {"params": params, "grads": grads, **states} | _counters(op, skipped))
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if argument.startswith("absmax"):
@@ -134,6 +145,7 @@ def check_optimizer_step_32bit(
     state1: Sequence[Tensor],
     state2: Sequence[Tensor],
     state3: Sequence[Tensor],
+    skipped: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -152,7 +164,7 @@ def check_optimizer_step_32bit(
         dampening=dampening, nesterov=nesterov, trust_coefficient=trust_coefficient,
     )  # fmt: skip
     states = _check_states(op, RULES[name].names(beta1), state1=state1, state2=state2, state3=state3)
-    _check_lists(op, {"params": params, "grads": grads, **states})
+    _check_lists(op, {"params": params, "grads": grads, **states} | _counters(op, skipped))
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             _check_state(op, f"{argument}[{i}]", tensor, torch.float32, param)
@@ -169,11 +181,12 @@ RECORDS = (
             "grads": Operand(("params",), "..."),
             **dict.fromkeys(ALL_STATES, Operand((torch.uint8,), "numel", flat=True)),
             **dict.fromkeys(("absmax1", "absmax2", "absmax3"), Operand((torch.float32,), "ceil(numel / blocksize)")),
+            "skipped": Operand((torch.int64,), ""),
             **dict.fromkeys(("code1", "code2"), Operand((torch.float32,), "256")),
         },
         samples=samples.optimizer_step_8bit,
         bound=bounds.optimizer_step,
-        mutates=("params", "state1", "state2", "state3", "absmax1", "absmax2", "absmax3"),
+        mutates=("params", "state1", "state2", "state3", "absmax1", "absmax2", "absmax3", "skipped"),
         neutral=NEUTRAL | {"absmax3": []},
     ),
     OpRecord(
@@ -185,10 +198,11 @@ RECORDS = (
             "params": Operand(check.FLOATS, "..."),
             "grads": Operand(("params",), "..."),
             **dict.fromkeys(ALL_STATES, Operand((torch.float32,), "numel", flat=True)),
+            "skipped": Operand((torch.int64,), ""),
         },
         samples=samples.optimizer_step_32bit,
         bound=bounds.optimizer_step,
-        mutates=("params", "state1", "state2", "state3"),
+        mutates=("params", "state1", "state2", "state3", "skipped"),
         neutral=NEUTRAL,
     ),
 )

@@ -96,7 +96,7 @@ def _dtypes(known: torch.dtype | str, call: Arguments, at: int) -> Iterator[torc
 
 def _sizes(name: str, axes: str, shape: tuple[int, ...], scope: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
     """An axis each, with what it should be; what ``...`` stands for is kept in the scope."""
-    parts = axes.split(", ")
+    parts = axes.split(", ") if axes else []
     if "..." in parts:
         at, count = parts.index("..."), len(shape) - len(parts) + 1
         if count < 0:
