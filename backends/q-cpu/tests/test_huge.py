@@ -141,9 +141,9 @@ def test_optimizer_steps(bits):
     for p, g, c, a in ((param, grad, codes, absmax), alone):
         rest = (0.1, 0.9 if bits == 8 else 0.0, 0.99, 0.9, 1.0, 1e-8, 0.1, 0.0, False, 0.1, 2)
         if bits == 8:
-            native.optimizer_step_8bit("lion", [p], [g], [c], [], [], [a], [], [], SIGNED, UNSIGNED, *rest, 256)
+            native.optimizer_step_8bit("lion", [p], [g], [c], [], [], [a], [], [], [], SIGNED, UNSIGNED, *rest, 256)
         else:
-            native.optimizer_step_32bit("sgd", [p], [g], [], [], [], *rest)
+            native.optimizer_step_32bit("sgd", [p], [g], [], [], [], [], *rest)
     for whole, part in zip((param, codes, absmax), (alone[0], *alone[2:]), strict=True):
         assert_same(whole[CHOSEN], part)
 

@@ -66,9 +66,9 @@ def measure(scale):
 
     rest = 0.1, 0.9, 0.99, 0.9, 1.0, 1e-8, 0.1, 0.0, False, 0.1, 1
     moments = [f(n)], [f(n)], []
-    yield "optimizer_step_32bit", taken(native.optimizer_step_32bit, "lamb", [A], [f(n)], *moments, *rest)
+    yield "optimizer_step_32bit", taken(native.optimizer_step_32bit, "lamb", [A], [f(n)], *moments, [], *rest)
     codes, scales = ([f(n, dtype=u8)], [f(n, dtype=u8)], []), ([f(n // 256)], [f(n // 256)], [])
-    eight = [A], [f(n)], *codes, *scales, SIGNED, UNSIGNED, *rest, 256
+    eight = [A], [f(n)], *codes, *scales, [], SIGNED, UNSIGNED, *rest, 256
     yield "optimizer_step_8bit", taken(native.optimizer_step_8bit, "lamb", *eight)
 
     weight, like = f(K, dtype=bf16), f(T, K, dtype=bf16)

@@ -37,7 +37,9 @@ def test_it_computes_in_the_norm_s_precision() -> None:
     torch.testing.assert_close(embedding(ids).double(), exact, atol=0, rtol=2**-8)
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), lambda module: module.bfloat16()])
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), lambda module: module.bfloat16()]
+)
 def test_its_weight_and_nothing_else_wants_32_bits(make) -> None:
     embedding = make(q_nn.StableEmbedding(10, 8))
     wanted = preferences()
