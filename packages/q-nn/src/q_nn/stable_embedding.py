@@ -36,7 +36,7 @@ class StableEmbedding(nn.Embedding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is another module, which must say for itself what it wants.
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._state_preference()
 
     def reset_parameters(self) -> None:
