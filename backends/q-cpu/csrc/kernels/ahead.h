@@ -14,12 +14,11 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kPageBytes = 4096;
-constexpr int64_t kPagesAheadBytes = 8 * kPageBytes;
+constexpr int64_t kPagesAheadBytes = 8 * kPageBytes;  // beyond the lines that are fetched ahead
 
-// Has the pages looked up that `bytes` bytes will be read from after the next kPagesAheadBytes. Nothing is read: any address will do.
-inline void look_up_pages(const void* next, int64_t bytes) {
-  const char* ahead = static_cast<const char*>(next) + kPagesAheadBytes;
-  for (int64_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(ahead + i, 0, 2);
+// Has the pages of `bytes` bytes from `from` on looked up. Nothing is read: any address will do.
+inline void look_up_pages(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 }  // namespace

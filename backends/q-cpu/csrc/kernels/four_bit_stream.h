@@ -141,8 +141,8 @@ inline void stream_rows(const S& s, const LaneScales& scales, const FourBitWeigh
   memcpy(sums, out, sizeof sums);
   const uint8_t* from = w.packed + first / 2;
   for (int r = 0; r < Rows; ++r) {
-    look_up_pages(from + r * w.K / 2, width / 2);
-    look_up_pages(w.absmax + ((first + r * w.K) >> w.shift), (width >> w.shift) * sizeof(float));
+    look_up_pages(from + r * w.K / 2 + kPagesAheadBytes, width / 2);
+    look_up_pages(w.absmax + ((first + r * w.K) >> w.shift) + kPagesAheadBytes / 8, (width >> w.shift) * 4);
   }
   __m512i bytes[Rows];
   __m512 lanes[Rows];

@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 
+#include "dense.h"
 #include "four_bit_panel.h"
 #include "four_bit_stream.h"
 #include "panels.h"
@@ -53,33 +54,13 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   }
 }
 
-// The rows of a dense weight for multiply_panels, where they lie; but for a last tile of fewer rows, which is copied.
-template <class P>
-struct DenseRows {
-  static constexpr bool kInPlace = true;
-
-  const typename P::W* w_NK;
-  int64_t K;
-
-  RowPanel<P> operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::W* panel) const {
-    const typename P::W* begin = w_NK + row * K + k;
-    if (rows == kTileRows) return {begin, {K, P::kStep}, kTileRows * K};
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < width; i += P::kStep) {
-        const int64_t count = smaller(P::kStep, width - i);
-        typename P::W* to = panel + r * kRowStrides<P>.line + i / P::kStep * kRowStrides<P>.step;
-        memcpy(to, begin + r * K + i, static_cast<size_t>(count) * sizeof(typename P::W));
-      }
-    }
-    return {panel, kRowStrides<P>, 0};
-  }
-};
-
 template <class X>
 inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
   typedef Products<typename PackedAs<X>::Number, X> P;
   const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype, a.out_dtype};
-  multiply_panels<P, X>(product, first, last, DenseRows<P>{static_cast<const X*>(a.w_NK), a.K});
+  const X* w_NK = static_cast<const X*>(a.w_NK);
+  if (can_stream_dense<P>(product)) return stream_dense<P, X>(product, w_NK, first, last);
+  multiply_panels<P, X>(product, first, last, DenseRows<P>{w_NK, a.K});
 }
 
 void gemm(const Gemm& a, int64_t first, int64_t last) {

@@ -39,7 +39,7 @@ inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t
 // One row at a time: memory is read in order, which is as fast as it gets.
 template <int Tokens>
 inline void dot_row(const Int8Gemm& a, const int8_t* w, Integers (&sums)[Tokens]) {
-  look_up_pages(w, a.K);
+  look_up_pages(w + kPagesAheadBytes, a.K);
   int64_t k = 0;
   for (; k + kDotBytes <= a.K; k += kDotBytes) {
     __builtin_prefetch(w + k + kPrefetchBytes);
