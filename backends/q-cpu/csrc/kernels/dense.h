@@ -50,7 +50,7 @@ inline void stream_row_by_row(const Product& a, const typename P::W* w_NK, int64
   constexpr Strides kTokenStrides{P::kStep, Tokens * P::kStep};
   alignas(64) typename P::X tokens[kStreamedBytes / sizeof(typename P::X)];
   float sums[kStreamedRows / kRows][whole_sums(Tokens * kRows)];
-  pack_tokens<P>(static_cast<const X*>(a.x_TK), a.K, Tokens, a.K, tokens);
+  pack_tokens<P, false>(static_cast<const X*>(a.x_TK), a.K, Tokens, a.K, tokens);
   for (int64_t row = first; row < last; row += kStreamedRows) {
     const int64_t rows = smaller(kStreamedRows, last - row);
     memset(sums, 0, sizeof sums);
@@ -107,6 +107,7 @@ inline void stream_dense(const Product& a, const typename P::W* w_NK, int64_t fi
 template <class P>
 struct DenseRows {
   static constexpr bool kInPlace = true;
+  static constexpr bool kEvenOdd = false;
 
   const typename P::W* w_NK;
   int64_t K;

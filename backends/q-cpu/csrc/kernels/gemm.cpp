@@ -43,6 +43,9 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   const FourBitWeight w{a.packed, a.absmax, a.book, a.blocksize, __builtin_ctzll(static_cast<uint64_t>(a.blocksize)), a.K};
 #if defined(__AVX512BF16__)
   if (can_stream(product)) return stream_4bit(product, w, first, last);
+  if (a.dtype == Float::bf16 && EvenOddRows::take(w)) {
+    return multiply_panels<EvenOddRows::P, Bf16>(product, first, last, EvenOddRows{w});
+  }
 #endif
   switch (a.dtype) {
     case Float::f32:
