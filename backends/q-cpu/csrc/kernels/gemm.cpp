@@ -1,9 +1,10 @@
 // Matrix products with dense and 4-bit weights.
 //
-// An output element is summed over k in an order that depends on K and on the way taken alone, and the way on K and the number of
-// tokens: with 4-bit weights and AVX-512 a few stream the codes through registers (four_bit_stream.h), in all other cases they meet
-// the weight in panels (panels.h). Which rows a thread has makes no difference, so the bits are the same on any number of threads;
-// and within one way, a token's don't depend on what else is in the batch.
+// An output element is summed over k in an order that depends on K alone, or with 4-bit weights on K, the blocksize and the way
+// taken: with AVX-512 a few tokens stream the codes through registers (four_bit_stream.h), in all other cases they meet the decoded
+// weight in panels (panels.h). Dense weights are read in two ways that make the same sums (dense.h). Which rows a thread has makes no
+// difference, so the bits are the same on any number of threads; and within one way, a token's don't depend on what else is in the
+// batch.
 
 #include "gemm.h"
 
