@@ -5,7 +5,8 @@
 // activations must stay in L1, so with more of them a narrower part of the features is multiplied with a block of rows before the
 // next part is.
 //
-// Many: in the tiles of panels.h. Both make a sum in the same order, so a token's bits don't depend on which it is.
+// Many, and all without AVX-512, where computing takes longer than reading: in the tiles of panels.h. Both make a sum in the same
+// order, so a token's bits don't depend on which it is.
 
 #pragma once
 
@@ -16,10 +17,8 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 #if defined(__AVX512F__)
+
 constexpr int kStreamedTokens = 8;
-#else
-constexpr int kStreamedTokens = 2;
-#endif
 constexpr int64_t kStreamedRows = 64;        // a block
 constexpr int64_t kStreamedBytes = 1 << 18;  // of activations
 constexpr int64_t kLinesAheadBytes = 8192;
@@ -86,7 +85,6 @@ inline void stream_dense(const Product& a, const typename P::W* w_NK, int64_t fi
       return stream_row_by_row<P, X, 1>(a, w_NK, first, last);
     case 2:
       return stream_row_by_row<P, X, 2>(a, w_NK, first, last);
-#if defined(__AVX512F__)
     case 3:
       return stream_row_by_row<P, X, 3>(a, w_NK, first, last);
     case 4:
@@ -99,9 +97,10 @@ inline void stream_dense(const Product& a, const typename P::W* w_NK, int64_t fi
       return stream_row_by_row<P, X, 7>(a, w_NK, first, last);
     case 8:
       return stream_row_by_row<P, X, 8>(a, w_NK, first, last);
-#endif
   }
 }
+
+#endif
 
 // The rows of a dense weight for multiply_panels, where they lie; but for a last tile of fewer rows, which is copied.
 template <class P>

@@ -63,7 +63,9 @@ inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
   typedef Products<typename PackedAs<X>::Number, X> P;
   const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype, a.out_dtype};
   const X* w_NK = static_cast<const X*>(a.w_NK);
+#if defined(__AVX512F__)
   if (can_stream_dense<P>(product)) return stream_dense<P, X>(product, w_NK, first, last);
+#endif
   multiply_panels<P, X>(product, first, last, DenseRows<P>{w_NK, a.K});
 }
 
