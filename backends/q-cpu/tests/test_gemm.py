@@ -110,7 +110,7 @@ def test_gemm_4bit_of_any_shape(leading, N, K, blocksize, quant_type, dtype, str
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("K", [1300, 1304])
+@pytest.mark.parametrize("K", [1300, 1304, 1344])
 def test_a_token_gets_the_same_bits_in_any_batch_of_a_few_and_in_any_of_many(K, dtype):
     N, few = 70, 8
     packed, absmax, _ = weight(N, K, 64, "nf4")
@@ -173,12 +173,21 @@ def test_gemm(N, K, T, dtype, function):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gemm_of_sizes_past_its_blocks(dtype):
-    x, w, bias = torch.randn(300, 1060).to(dtype), torch.randn(400, 1060).to(dtype), torch.randn(400).to(dtype)
+@pytest.mark.parametrize(
+    ("T", "N", "K"),
+    [
+        (300, 400, 1060),  # several blocks of tokens, panels of rows, and panels' widths
+        (20, 131, 4_130),  # for few tokens, several blocks of rows, an odd last row, and parts of a row
+        (20, 5, 17_000),  # too many features for eight tokens to be kept, but not for two
+    ],
+)
+def test_gemm_of_sizes_past_its_blocks_gives_a_token_the_same_bits_in_any_batch(T, N, K, dtype):
+    x, w, bias = torch.randn(T, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
     whole = native_gemm(x, w, bias)
     assert_within_rounding(whole, x, w, bias)
-    for first, last in ((0, 1), (5, 8), (100, 299)):
-        assert torch.equal(native_gemm(x[first:last], w, bias), whole[first:last])
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, T // 2):
+        for first in (0, T - tokens):
+            assert torch.equal(native_gemm(x[first : first + tokens], w, bias), whole[first : first + tokens])
 
 
 def test_gemm_of_strided_tensors():

@@ -99,19 +99,19 @@ class ExpertWeights {
  private:
   enum class Kind { dense, int8, fp8, four_bit };
 
-  // Decodes some rows, and multiplies with them as with dense ones, placed so that the kernel finds row `begin` where it looks for it.
+  // Decodes some rows at a time, and multiplies with them as with a dense weight, whose outputs begin at the first of them.
   void multiply_fp8(const uint8_t* codes, const float* scale, const void* x, int64_t T, int64_t first, int64_t last, void* out,
                     Float out_dtype) const {
-    const int64_t row_bytes = columns_ * (dtype_ == Float::f32 ? 4 : 2);
-    const std::unique_ptr<uint8_t[]> decoded(new uint8_t[static_cast<size_t>(kRowsAtOnce * row_bytes)]);
-    for (int64_t begin = first; begin < last; begin += kRowsAtOnce) {
-      const int64_t end = std::min(begin + kRowsAtOnce, last);
-      kernels().moe->decode_fp8({codes + begin * columns_, scale + begin, columns_, decoded.get(), dtype_}, 0, end - begin);
-      const auto origin = reinterpret_cast<uintptr_t>(decoded.get()) - static_cast<uintptr_t>(begin * row_bytes);
-      kernels().gemm->gemm({x, reinterpret_cast<const void*>(origin), nullptr, T, rows_, columns_, out, dtype_, out_dtype}, begin,
-                           end);
+    const std::unique_ptr<uint8_t[]> decoded(new uint8_t[static_cast<size_t>(kRowsAtOnce * columns_ * bytes_of(dtype_))]);
+    for (int64_t row = first; row < last; row += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, last - row);
+      kernels().moe->decode_fp8({codes + row * columns_, scale + row, columns_, decoded.get(), dtype_}, 0, rows);
+      void* outputs = static_cast<uint8_t*>(out) + row * bytes_of(out_dtype);
+      kernels().gemm->gemm({x, decoded.get(), nullptr, T, rows_, columns_, outputs, dtype_, out_dtype}, 0, rows);
     }
   }
+
+  static int64_t bytes_of(Float dtype) { return dtype == Float::f32 ? 4 : 2; }
 
   Kind kind_;
   Float dtype_;

@@ -50,22 +50,13 @@ inline __m512i spread_codes(const uint8_t* bytes) {
   return _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
 }
 
-// A row whose codes and blocks begin and end with runs of `Vectors` vectors.
-template <int Vectors>
-inline void decode_runs(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+// A row whose vectors have one block each.
+inline void decode_vectors(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
   typedef Products<Bf16, Bf16> P;
-  constexpr int64_t kRun = Vectors * P::kStep;
   const uint8_t* bytes = w.packed + first / 2;
-  const int64_t next_tile = kTileRows * w.K / 2;
-  _mm_prefetch(w.absmax + ((first + kTileRows * w.K) >> w.shift), _MM_HINT_T0);
-  for (int64_t k = 0; k < width; k += kRun, bytes += kRun / 2, panel += Vectors * kRowStrides<P>.step) {
-    _mm_prefetch(bytes + next_tile, _MM_HINT_T0);
+  for (int64_t k = 0; k < width; k += P::kStep, bytes += P::kStep / 2, panel += kRowStrides<P>.step) {
     const __m512i table = scaled_table(*w.book, w.absmax[(first + k) >> w.shift]);
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      const __m512i codes = spread_codes(bytes + v * P::kStep / 2);
-      _mm512_store_si512(panel + v * kRowStrides<P>.step, _mm512_permutexvar_epi16(codes, table));
-    }
+    _mm512_store_si512(panel, _mm512_permutexvar_epi16(spread_codes(bytes), table));
   }
 }
 
@@ -86,8 +77,7 @@ inline void decode_row<Products<Bf16, Bf16>>(const FourBitWeight& w, int64_t fir
   typedef Products<Bf16, Bf16> P;
   if (w.K % P::kStep == 0) {
     if (w.blocksize < P::kStep) return decode_half_vectors(w, first, width, panel);
-    if (w.blocksize > P::kStep && w.K % (2 * P::kStep) == 0) return decode_runs<2>(w, first, width, panel);
-    return decode_runs<1>(w, first, width, panel);
+    return decode_vectors(w, first, width, panel);
   }
   alignas(64) float decoded[kPanelK<P>];
   decode_4bit(w.packed, w.absmax, *w.book, w.blocksize, first, width, decoded);
@@ -96,12 +86,45 @@ inline void decode_row<Products<Bf16, Bf16>>(const FourBitWeight& w, int64_t fir
   }
 }
 
+// A row of whole runs of 64 codes, each in one block: vectors of the even codes and of the odd ones alternate, because a byte's two
+// then need not be brought beside each other.
+inline void decode_even_odd(const FourBitWeight& w, int64_t first, int64_t width, Bf16* panel) {
+  constexpr int64_t kStep = Products<Bf16, Bf16>::kStep, kNext = kRowStrides<Products<Bf16, Bf16>>.step;
+  const uint8_t* bytes = w.packed + first / 2;
+  const int64_t next_tile = kTileRows * w.K / 2;
+  _mm_prefetch(w.absmax + ((first + kTileRows * w.K) >> w.shift), _MM_HINT_T0);
+  for (int64_t k = 0; k < width; k += 2 * kStep, bytes += kStep, panel += 2 * kNext) {
+    _mm_prefetch(bytes + next_tile, _MM_HINT_T0);
+    const __m512i table = scaled_table(*w.book, w.absmax[(first + k) >> w.shift]);
+    const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    _mm512_store_si512(panel, _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table));
+    _mm512_store_si512(panel + kNext, _mm512_permutexvar_epi16(pairs, table));
+  }
+}
+
+// Such rows for multiply_panels.
+struct EvenOddRows {
+  typedef Products<Bf16, Bf16> P;
+  static constexpr bool kInPlace = false;
+  static constexpr bool kEvenOdd = true;
+
+  FourBitWeight w;
+
+  static bool take(const FourBitWeight& w) { return w.blocksize >= 2 * P::kStep && w.K % (2 * P::kStep) == 0; }
+
+  RowPanel<P> operator()(int64_t row, int64_t rows, int64_t k, int64_t width, Bf16* panel) const {
+    for (int64_t r = 0; r < rows; ++r) decode_even_odd(w, (row + r) * w.K + k, width, panel + r * kRowStrides<P>.line);
+    return {panel, kRowStrides<P>, 0};
+  }
+};
+
 #endif
 
 // The rows of a 4-bit weight for multiply_panels.
 template <class P>
 struct FourBitRows {
   static constexpr bool kInPlace = false;
+  static constexpr bool kEvenOdd = false;
 
   FourBitWeight w;
 

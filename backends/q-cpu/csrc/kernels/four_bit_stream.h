@@ -9,6 +9,7 @@
 
 #if defined(__AVX512BF16__)
 
+#include "ahead.h"
 #include "four_bit_panel.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -139,6 +140,10 @@ inline void stream_rows(const S& s, const LaneScales& scales, const FourBitWeigh
   __m512 sums[Rows][Tokens];
   memcpy(sums, out, sizeof sums);
   const uint8_t* from = w.packed + first / 2;
+  for (int r = 0; r < Rows; ++r) {
+    look_up_pages(from + r * w.K / 2 + kPagesAheadBytes, width / 2);
+    look_up_pages(w.absmax + ((first + r * w.K) >> w.shift) + kPagesAheadBytes / 8, (width >> w.shift) * 4);
+  }
   __m512i bytes[Rows];
   __m512 lanes[Rows];
   const int64_t last = first + width;

@@ -1,12 +1,14 @@
 // Matrix products with dense and 4-bit weights.
 //
-// An output element is summed over k in an order that depends on K and on the way taken alone, and the way on K and the number of
-// tokens: with 4-bit weights and AVX-512 a few stream the codes through registers (four_bit_stream.h), in all other cases they meet
-// the weight in panels (panels.h). Which rows a thread has makes no difference, so the bits are the same on any number of threads;
-// and within one way, a token's don't depend on what else is in the batch.
+// An output element is summed over k in an order that depends on K alone, or with 4-bit weights on K, the blocksize and the way
+// taken: with AVX-512 a few tokens stream the codes through registers (four_bit_stream.h), in all other cases they meet the decoded
+// weight in panels (panels.h). Dense weights are read in two ways that make the same sums (dense.h). Which rows a thread has makes no
+// difference, so the bits are the same on any number of threads; and within one way, a token's don't depend on what else is in the
+// batch.
 
 #include "gemm.h"
 
+#include "dense.h"
 #include "four_bit_panel.h"
 #include "four_bit_stream.h"
 #include "panels.h"
@@ -42,6 +44,9 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   const FourBitWeight w{a.packed, a.absmax, a.book, a.blocksize, __builtin_ctzll(static_cast<uint64_t>(a.blocksize)), a.K};
 #if defined(__AVX512BF16__)
   if (can_stream(product)) return stream_4bit(product, w, first, last);
+  if (a.dtype == Float::bf16 && EvenOddRows::take(w)) {
+    return multiply_panels<EvenOddRows::P, Bf16>(product, first, last, EvenOddRows{w});
+  }
 #endif
   switch (a.dtype) {
     case Float::f32:
@@ -53,33 +58,15 @@ void gemm_4bit(const Gemm4bit& a, int64_t first, int64_t last) {
   }
 }
 
-// The rows of a dense weight for multiply_panels, where they lie; but for a last tile of fewer rows, which is copied.
-template <class P>
-struct DenseRows {
-  static constexpr bool kInPlace = true;
-
-  const typename P::W* w_NK;
-  int64_t K;
-
-  RowPanel<P> operator()(int64_t row, int64_t rows, int64_t k, int64_t width, typename P::W* panel) const {
-    const typename P::W* begin = w_NK + row * K + k;
-    if (rows == kTileRows) return {begin, {K, P::kStep}, kTileRows * K};
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < width; i += P::kStep) {
-        const int64_t count = smaller(P::kStep, width - i);
-        typename P::W* to = panel + r * kRowStrides<P>.line + i / P::kStep * kRowStrides<P>.step;
-        memcpy(to, begin + r * K + i, static_cast<size_t>(count) * sizeof(typename P::W));
-      }
-    }
-    return {panel, kRowStrides<P>, 0};
-  }
-};
-
 template <class X>
 inline void multiply_dense(const Gemm& a, int64_t first, int64_t last) {
   typedef Products<typename PackedAs<X>::Number, X> P;
   const Product product{a.x_TK, a.bias_N, a.T, a.N, a.K, a.out_TN, a.dtype, a.out_dtype};
-  multiply_panels<P, X>(product, first, last, DenseRows<P>{static_cast<const X*>(a.w_NK), a.K});
+  const X* w_NK = static_cast<const X*>(a.w_NK);
+#if defined(__AVX512F__)
+  if (can_stream_dense<P>(product)) return stream_dense<P, X>(product, w_NK, first, last);
+#endif
+  multiply_panels<P, X>(product, first, last, DenseRows<P>{w_NK, a.K});
 }
 
 void gemm(const Gemm& a, int64_t first, int64_t last) {

@@ -11,7 +11,7 @@ struct Gemm {
   const void* x_TK;
   const void* w_NK;
   const void* bias_N;  // or null
-  int64_t T, N, K;
+  int64_t T, N, K;     // N: from token to token in `out`; which rows of w there are, the range says
   void* out_TN;
   Float dtype;  // of x, w and bias
   Float out_dtype;

@@ -6,6 +6,7 @@
 // depend on whether its call has more than kFewTokens; within each they depend on nothing.
 
 #include "int8.h"
+#include "ahead.h"
 #include "int8_book.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -91,6 +92,7 @@ __attribute__((noinline)) void multiply_whole_blocks(const Gemm4bitInt8& a, cons
   const int64_t K = a.K, blocksize = a.blocksize;
   const uint8_t* packed = a.packed + row * K / 2;
   const float* scale = a.absmax + ((row * K) >> log2_of(blocksize));
+  look_up_pages(packed + kPagesAheadBytes, K / 2);
   Vector totals[Tokens] = {};
   for (int64_t k = 0; k < K; ++scale) {
     Integers dots[Tokens] = {}, biases[Tokens] = {};

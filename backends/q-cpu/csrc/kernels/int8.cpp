@@ -4,6 +4,7 @@
 
 #include "int8.h"
 
+#include "ahead.h"
 #include "int8_dots.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -15,6 +16,7 @@ void sum_spans(const Gemm4bitInt8& a, int64_t first, int64_t last);
 namespace {
 
 constexpr int64_t kPrefetchBytes = 6144;
+constexpr int64_t kPackedBytes = 1 << 16;
 constexpr int64_t kRowBlock = 32;  // rows whose outputs are written together
 
 // Writes `rows` (up to kPackedRows) outputs of a token from their sums.
@@ -35,15 +37,34 @@ inline void write_outputs(const Int8Gemm& a, int64_t token, int64_t row, int64_t
   store(out, rows, a.out_TN, a.dtype, token * a.N + row);
 }
 
+// Where the activations lie: bytes from token to token, and from step to step along a row.
+struct TokenBytes {
+  const int8_t* first;
+  int64_t line, step;
+};
+
+// Brings what all tokens have of a step side by side, if they fit: rows of a power of two would compete for the same lines of L1.
+template <int Tokens>
+inline TokenBytes pack_steps(const Int8Gemm& a, int8_t (&packed)[kPackedBytes]) {
+  if (Tokens == 1 || a.K % kDotBytes != 0 || Tokens * a.K > kPackedBytes) return {a.a_TK, a.K, kDotBytes};
+  int8_t* out = packed;
+  for (int64_t k = 0; k < a.K; k += kDotBytes) {
+    for (int t = 0; t < Tokens; ++t, out += kDotBytes) memcpy(out, a.a_TK + t * a.K + k, kDotBytes);
+  }
+  return {packed, kDotBytes, Tokens * kDotBytes};
+}
+
 // One row at a time: memory is read in order, which is as fast as it gets.
 template <int Tokens>
-inline void dot_row(const Int8Gemm& a, const int8_t* w, Integers (&sums)[Tokens]) {
+inline void dot_row(const Int8Gemm& a, const TokenBytes& x, const int8_t* w, Integers (&sums)[Tokens]) {
+  look_up_pages(w + kPagesAheadBytes, a.K);
+  const int8_t* token = x.first;
   int64_t k = 0;
-  for (; k + kDotBytes <= a.K; k += kDotBytes) {
+  for (; k + kDotBytes <= a.K; k += kDotBytes, token += x.step) {
     __builtin_prefetch(w + k + kPrefetchBytes);
     const DotBytes weights = biased(load_bytes(w + k));
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) sums[t] = dot_add(sums[t], weights, load_bytes(a.a_TK + t * a.K + k));
+    for (int t = 0; t < Tokens; ++t) sums[t] = dot_add(sums[t], weights, load_bytes(token + t * x.line));
   }
   if (k == a.K) return;
   const DotBytes weights = biased(load_bytes(w + k, a.K - k));
@@ -53,6 +74,8 @@ inline void dot_row(const Int8Gemm& a, const int8_t* w, Integers (&sums)[Tokens]
 
 template <int Tokens>
 void few_tokens(const Int8Gemm& a, int64_t first, int64_t last) {
+  alignas(64) int8_t packed[kPackedBytes];
+  const TokenBytes x = pack_steps<Tokens>(a, packed);
   int32_t biases[Tokens];
   for (int t = 0; t < Tokens; ++t) biases[t] = bias_of(a.a_TK + t * a.K, a.K);
   for (int64_t block = first; block < last; block += kRowBlock) {
@@ -60,7 +83,7 @@ void few_tokens(const Int8Gemm& a, int64_t first, int64_t last) {
     int32_t totals[Tokens][kRowBlock];
     for (int64_t r = 0; r < rows; ++r) {
       Integers sums[Tokens] = {};
-      dot_row<Tokens>(a, a.b_NK + (block + r) * a.K, sums);
+      dot_row<Tokens>(a, x, a.b_NK + (block + r) * a.K, sums);
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) totals[t][r] = sum_across(sums[t]);
     }

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "ahead.h"
 #include "word_tile.h"
 
 namespace q_cpu::Q_CPU_LEVEL {
@@ -177,6 +178,7 @@ void few_tokens(const GemmInt8Weight& a, int64_t first, int64_t last) {
       for (int t = 0; t < Tokens; ++t) x[t] = Dots::activations(a, t * a.K + k, width, buffer + t * kAtOnce);
       for (int64_t r = 0; r < rows; ++r) {
         const int8_t* w = a.w_NK + (block + r) * a.K + k;
+        look_up_pages(w + 4 * ahead, width);
         for (int64_t i = 0; i < width; i += kSumFeatures)
           dot_part<Dots, Tokens>(x, i, w + i, smaller(kSumFeatures, width - i), ahead, sums[r]);
       }

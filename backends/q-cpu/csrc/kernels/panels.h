@@ -50,12 +50,33 @@ inline void pack_vector(const X* x, float* out) {
 }
 inline void pack_vector(const Bf16* x, Bf16* out) { memcpy(out, x, sizeof(Vector)); }
 
-// Packs features k…k + width of up to a tile's tokens, filled up with zeros.
-template <class P, class X>
+#if defined(__AVX512F__)
+
+// Of the words of two vectors the even and the odd ones.
+inline void pack_even_odd(const Bf16* x, Bf16* even, Bf16* odd) {
+  const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 32);
+  // Of 32 bits the lower half, or the upper, of each.
+  const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i mask = _mm512_set1_epi32(0xffff);
+  const __m512i evens = _mm512_packus_epi32(_mm512_and_si512(low, mask), _mm512_and_si512(high, mask));
+  const __m512i odds = _mm512_packus_epi32(_mm512_srli_epi32(low, 16), _mm512_srli_epi32(high, 16));
+  _mm512_storeu_si512(even, _mm512_permutexvar_epi64(lanes, evens));
+  _mm512_storeu_si512(odd, _mm512_permutexvar_epi64(lanes, odds));
+}
+
+#endif
+
+// Packs features k…k + width of up to a tile's tokens, filled up with zeros. With EvenOdd, of each 64 features the even ones come
+// first, as decoding has it easiest.
+template <class P, bool EvenOdd, class X>
 inline void pack_tokens(const X* x, int64_t K, int64_t tokens, int64_t width, typename P::X* panel) {
   for (int64_t t = 0; t < tokens; ++t, x += K) {
     typename P::X* out = panel + t * P::kStep;
     int64_t k = 0;
+    if constexpr (EvenOdd) {
+      for (; k < width; k += 2 * P::kStep, out += 2 * tokens * P::kStep) pack_even_odd(x + k, out, out + tokens * P::kStep);
+      continue;
+    }
     for (; k + P::kStep <= width; k += P::kStep, out += tokens * P::kStep) {
       __builtin_prefetch(x + kTileTokens * K + k);  // the next tile's
       pack_vector(x + k, out);
@@ -135,7 +156,7 @@ inline void multiply_panels(const Product& a, int64_t first, int64_t last, const
       for (int64_t k = 0; k < a.K; k += kPanelK<P>) {
         const int64_t width = smaller(kPanelK<P>, a.K - k);
         for (int64_t t = 0; t < tokens; t += kTileTokens) {
-          pack_tokens<P>(x + (token + t) * a.K + k, a.K, smaller(kTileTokens, tokens - t), width, x_panel[t / kTileTokens]);
+          pack_tokens<P, Rows::kEvenOdd>(x + (token + t) * a.K + k, a.K, smaller(kTileTokens, tokens - t), width, x_panel[t / kTileTokens]);
         }
         TileSums* tile = sums;
         for (int64_t r = 0; r < rows; r += kTileRows) {
