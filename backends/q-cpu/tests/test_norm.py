@@ -90,6 +90,33 @@ def test_silu_of_extreme_values():
     assert got[6:9].tolist() == x[6:9].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_below_the_smallest_normal_number_are_rounded_and_not_flushed(dtype):
+    unit = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for N in (1, 32, 33, 70):
+        gate, up = torch.rand(3, N).to(dtype) + 0.5, (torch.randint(0, 64, (3, N)) * unit).to(dtype)
+        got = norm.silu_and_mul(torch.cat((gate, up), -1)).double()
+        exact = gate.double() * gate.double().sigmoid() * up.double()
+        assert float(exact.max()) < torch.finfo(dtype).smallest_normal
+        assert float(((got - exact).abs() / unit).max()) <= 0.5001
+
+
+@pytest.mark.parametrize("K", [8192, 8200])  # rows of whole cache lines, and others
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_output_too_large_for_the_caches_has_the_same_bits(dtype, K):
+    """Such an output is written past the caches, where its rows allow it."""
+    T = 2**24 // (K * dtype.itemsize) + 2
+    x, residual, weight = torch.randn(T, 2 * K).to(dtype), torch.randn(T, K).to(dtype), torch.randn(K).to(dtype)
+    narrow = x[:, :K]
+    for op in (
+        lambda rows: norm.silu_and_mul(x[rows]),
+        lambda rows: norm.rms_norm(narrow[rows], weight, 1e-5),
+        lambda rows: torch.stack(norm.add_rms_norm(narrow[rows], residual[rows], weight, 1e-5), 1),
+    ):
+        whole, half = op(slice(None)), T // 2
+        assert torch.equal(whole[:half], op(slice(half))) and torch.equal(whole[half:], op(slice(half, None)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_slices_of_a_fused_projection_are_read_where_they_lie(dtype, monkeypatch: pytest.MonkeyPatch):
     fused = torch.randn(7, 96).to(dtype)

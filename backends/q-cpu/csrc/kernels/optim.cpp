@@ -13,9 +13,10 @@ namespace {
 constexpr int64_t kElementsAtOnce = 512;
 constexpr int64_t kMostAtOnce = kElementsAtOnce / kMinBlocksize;
 
-// How far ahead parameters are fetched. Gradients are while they are looked through; parameters while states are encoded, so that
-// memory has work all the time.
+// How far ahead gradients and parameters are fetched: gradients while they are looked through, parameters while states are encoded,
+// so that memory has work all the time.
 constexpr int64_t kElementsAhead = 1280;
+constexpr int64_t kLine = 64 / sizeof(float);
 
 // Apart by other than a power of two: at equal addresses modulo 4096 a load waits for another's store.
 constexpr int64_t kBuffer = kMaxBlocksize + 80;
@@ -105,6 +106,22 @@ inline void store_last_elements(const Elements& e, const Unit& unit, int64_t i) 
   if (Rule::kKept.slow) store_part(unit.states[2] + i, e.s.slow, count);
 }
 
+// Whether all elements are. Zero times one that isn't is NaN, which no sum loses.
+inline bool are_finite(const float* x, int64_t count) {
+  constexpr int kSums = 4;
+  Vector sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= count; i += kSums * kLanes) {
+    for (int64_t j = 0; j < kSums * kLanes; j += kLine) __builtin_prefetch(x + i + j + kElementsAhead);
+    for (int j = 0; j < kSums; ++j) sums[j] = multiply_add(load_vector(x + i + j * kLanes), Vector{}, sums[j]);
+  }
+  for (; i < count; i += kLanes) {
+    const Vector rest = i + kLanes <= count ? load_vector(x + i) : load_part(x + i, count - i);
+    sums[0] = multiply_add(rest, Vector{}, sums[0]);
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) == 0.0f;
+}
+
 // Elements after the step; where `kBits` is 32, one with a non-finite gradient keeps its value and its states.
 template <class Rule, Bits kBits>
 inline Elements updated(const Elements& before, float trust_ratio, const Settings& h) {
@@ -150,7 +167,6 @@ inline Largest update_unit(const Unit& unit, float trust_ratio, const Settings h
 
 template <class Rule>
 inline void encode_unit(const OptimizerTensor& a, int64_t index, const Unit& unit, const Largest& largest) {
-  constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t i = 0; i < unit.count; i += kLine) __builtin_prefetch(unit.param + i + kElementsAhead, 1);
   const Integers found[kMaxStates] = {largest.m, largest.v, largest.slow};
   for (int i = 0; i < kMaxStates; ++i) {
@@ -177,7 +193,7 @@ int64_t step(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t
     const int64_t count = smaller(at_once, last - index);
     for (int64_t i = 0; i < count; ++i) {
       const Unit& unit = units[i] = load_unit<Rule, kBits>(a, index + i, buffers, i * a.unit);
-      finite[i] = absmax_bits(unit.grad, unit.count) < kInfinity;
+      finite[i] = are_finite(unit.grad, unit.count);
       if (!finite[i]) skipped += kBits == Bits::eight ? unit.count : count_non_finite(unit.grad, unit.count);
       if (!finite[i] && kBits == Bits::eight) continue;
       largest[i] = update_unit<Rule, kBits>(unit, a.trust_ratio, h);
@@ -197,7 +213,7 @@ OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first,
   OptimizerNorms sums{0, 0, true};
   for (int64_t index = first; index < last; ++index) {
     const Unit unit = load_unit<Rule, kBits>(a, index, buffers, 0);
-    sums.finite &= absmax_bits(unit.grad, unit.count) < kInfinity;
+    sums.finite &= are_finite(unit.grad, unit.count);
     Vector params = {}, updates = {};
     for (int64_t i = 0; i < unit.count; i += kLanes) {
       __builtin_prefetch(unit.param + i + kElementsAhead);

@@ -1,5 +1,7 @@
 // The update rules of q_core.ops.optim, a struct each: which states it keeps, and what it makes of a vector of elements.
 //
+// States have the same bits at every level: no product and sum of theirs are fused. Those of parameters are, where the level can.
+//
 // `update` changes the states and returns the new parameters. Settings come by value: kept in registers, no store can change them.
 
 #pragma once
@@ -37,11 +39,14 @@ inline Vector adam_denominator(const States& s, const Settings& h) { return squa
 
 inline Vector adam_step(const States& s, const Settings& h) { return s.m * h.lr_corrected / adam_denominator(s, h); }
 
+// A parameter after its decay and a step.
+inline Vector decayed(Vector p, Vector step, const Settings& h) { return multiply_add(p, broadcast(h.decay), -step); }
+
 struct AdamW {
   static constexpr Kept kKept{true, true, false};
   static Vector update(Vector p, Vector g, States& s, float, const Settings& h) {
     adam_moments(g, s, h);
-    return p * h.decay - adam_step(s, h);
+    return decayed(p, adam_step(s, h), h);
   }
 };
 
@@ -58,8 +63,8 @@ struct AdEMAMix {
   static Vector update(Vector p, Vector g, States& s, float, const Settings& h) {
     adam_moments(g, s, h);
     s.slow = average(s.slow, g, h.beta3, h.one_minus_beta3);
-    const Vector mixed = s.m * h.lr_corrected + s.slow * h.alpha_corrected;
-    return p * h.decay - mixed / adam_denominator(s, h);
+    const Vector mixed = multiply_add(s.slow, broadcast(h.alpha_corrected), s.m * h.lr_corrected);
+    return decayed(p, mixed / adam_denominator(s, h), h);
   }
 };
 
@@ -68,7 +73,7 @@ struct Lion {
   static Vector update(Vector p, Vector g, States& s, float, const Settings& h) {
     const Vector direction = sign_of(average(s.m, g, h.beta1, h.one_minus_beta1));
     s.m = average(s.m, g, h.beta2, h.one_minus_beta2);
-    return p * h.decay - h.lr * direction;
+    return decayed(p, h.lr * direction, h);
   }
 };
 
@@ -114,11 +119,11 @@ struct LAMB {
   static constexpr Kept kKept{true, true, false};
   static Vector direction(Vector p, Vector g, States& s, const Settings& h) {
     adam_moments(g, s, h);
-    return s.m * h.one_corrected / adam_denominator(s, h) + h.weight_decay * p;
+    return multiply_add(p, broadcast(h.weight_decay), s.m * h.one_corrected / adam_denominator(s, h));
   }
   static Vector measured(Vector p, Vector g, States& s, const Settings& h) { return direction(p, g, s, h); }
   static Vector update(Vector p, Vector g, States& s, float trust_ratio, const Settings& h) {
-    return p - h.lr * trust_ratio * direction(p, g, s, h);
+    return multiply_add(broadcast(-h.lr * trust_ratio), direction(p, g, s, h), p);
   }
 };
 
