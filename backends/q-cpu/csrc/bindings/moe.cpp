@@ -189,7 +189,7 @@ void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weig
   }
   uint8_t* result = TensorView(out, {op, "out"}).of(in).sized(in.numel()).data<uint8_t>();
   if (in.numel() == 0) return;
-  if (E == 0) {  // all tokens skip all experts, whose size is anything
+  if (E == 0 || N == 0) {  // experts that hold nothing: how many there are, or how large, is anything
     std::memset(result, 0, static_cast<size_t>(in.numel() * size));
     return;
   }
