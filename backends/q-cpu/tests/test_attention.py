@@ -142,14 +142,18 @@ def test_prefill(dtype, codes, settings):
 def test_every_head_dim_and_block_size(dtype):
     for D in [*range(1, 70), 80, 96, 127, 128, 200, 256]:
         case = sequences((40,), dtype, H=3, G=1, D=D, S=1 + D % 19)
-        assert_right(case, 0, case.attend([(0, 0, 40)])[0])
+        (whole,) = case.attend([(0, 0, 40)])
+        assert_right(case, 0, whole)
+        assert torch.equal(case.attend([(0, 38, 40)])[0], whole[38:])
 
 
 @pytest.mark.parametrize(("H", "G"), [(1, 1), (5, 5), (7, 1), (16, 2), (100, 1)])
 def test_every_group_size(H, G):
     for dtype in FLOATS:
         case = sequences((45,), dtype, H=H, G=G)
-        assert_right(case, 0, case.attend([(0, 0, 45)])[0])
+        (whole,) = case.attend([(0, 0, 45)])
+        assert_right(case, 0, whole)
+        assert torch.equal(case.attend([(0, 44, 45)])[0], whole[44:])
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -164,6 +168,17 @@ def test_a_query_gets_the_same_bits_in_decode_in_chunks_and_in_prefill(codes, se
         for first, last in ((2099, 2100), (1023, 1024), (1024, 1025), (0, 1), (1030, 1100), (1900, 2100)):
             got, _ = case.attend([(0, first, last), (1, 3, 50)], **settings)
             assert torch.equal(got, whole[first:last])
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_query_gets_the_same_bits_among_many_that_decode(codes):
+    """So many that kv heads are taken together, with keys in one range and in several."""
+    for dtype in FLOATS:
+        case = sequences((2100, 50), dtype, codes, H=6, G=3)
+        long, short = case.attend([(0, 2000, 2100), (1, 0, 50)])
+        parts = [(0, last - 1, last) for last in range(2061, 2101)] + [(1, last - 2, last) for last in range(2, 51)]
+        for (request, first, last), got in zip(parts, case.attend(parts), strict=True):
+            assert torch.equal(got, short[first:last] if request else long[first - 2000 : last - 2000])
 
 
 def test_a_head_gets_the_same_bits_in_any_group():

@@ -134,7 +134,7 @@ void copy_blocks(py::handle src, py::handle dst, py::handle pairs, int64_t count
 
 // How a call is cut. A request whose rows are one tile, such as one that decodes, is cut along its keys, an item a range; then its
 // states are combined. Otherwise an item is a tile of rows with all their keys; so it is too when there are states enough, and with
-// them items for any number of threads.
+// them items for any number of threads. Few rows are taken for several groups together, whose keys follow each other in memory.
 constexpr int64_t kMostStates = 1 << 20;  // floats
 
 struct Plan {
@@ -144,7 +144,20 @@ struct Plan {
   int64_t states = 0;    // floats
 };
 
-void add_rows(const PagedAttention& a, int64_t request, int64_t row, int64_t rows, bool whole, Plan* plan) {
+// Items enough to keep threads busy; beyond, they are rather large.
+constexpr int64_t kItems = 64;
+
+// Most groups of an item of few rows.
+int64_t most_groups(int64_t rows) { return rows > kFewRows ? 1 : kRowTile / ((rows + 3) / 4 * 4); }
+
+// Groups of an item of few rows, where single groups would make `items`.
+int64_t groups_of_item(const PagedAttention& a, int64_t rows, int64_t items) {
+  const int64_t most = std::clamp<int64_t>(items / kItems, 1, std::min(a.G, most_groups(rows)));
+  const int64_t chunks = (a.G + most - 1) / most;
+  return (a.G + chunks - 1) / chunks;
+}
+
+void add_rows(const PagedAttention& a, int64_t request, int64_t row, int64_t rows, bool whole, int64_t ranges, Plan* plan) {
   const int64_t seq_len = a.seq_lens[request], ratio = a.H / a.G;
   const int64_t first_seen = seq_len - (a.query_start[request + 1] - a.query_start[request]);
   const int64_t begin = a.window == 0 ? 0 : std::max<int64_t>(0, first_seen + row / ratio + 1 - a.window);
@@ -152,44 +165,61 @@ void add_rows(const PagedAttention& a, int64_t request, int64_t row, int64_t row
   const int64_t first = begin / kKeyRange, last = (end + kKeyRange - 1) / kKeyRange;
   plan->products += a.G * rows * (end - begin);
   const bool split = whole && last - first > 1 && plan->states < kMostStates;
-  // States are counted for now, and become pointers when all are known.
-  const int64_t state = split ? kernels().attention->state_floats(a, rows) : 0;
-  for (int64_t range = first; range < last; ++range) {
-    for (int64_t group = 0; group < a.G; ++group) {
-      if (split) plan->items.push_back({request, group, row, rows, range, range + 1, nullptr});
+  const int64_t most = groups_of_item(a, rows, ranges * a.G);
+  for (int64_t range = first; split && range < last; ++range) {
+    for (int64_t group = 0; group < a.G; group += most) {
+      plan->items.push_back({request, group, std::min(most, a.G - group), row, rows, range, range + 1, nullptr});
     }
   }
-  for (int64_t group = 0; group < a.G; ++group) {
-    (split ? plan->combined : plan->items).push_back({request, group, row, rows, first, last, nullptr});
+  for (int64_t group = 0; group < a.G; group += most) {
+    const int64_t groups = std::min(most, a.G - group);
+    (split ? plan->combined : plan->items).push_back({request, group, groups, row, rows, first, last, nullptr});
+    // States are counted for now, and become pointers when all are known.
+    if (split) plan->states += (last - first) * kernels().attention->state_floats(a, groups * rows);
   }
-  plan->states += a.G * (last - first) * state;
 }
 
 Plan plan_items(const PagedAttention& a, int64_t R) {
   Plan plan;
   const int64_t ratio = a.H / a.G;
+  int64_t ranges = 0;
+  for (int64_t request = 0; request < R; ++request) ranges += (a.seq_lens[request] + kKeyRange - 1) / kKeyRange;
   for (int64_t request = 0; request < R; ++request) {
     const int64_t rows = ratio * (a.query_start[request + 1] - a.query_start[request]);
     // Later rows have more keys; they come first, so that the threads end at about one time.
     for (int64_t row = (rows - 1) / kRowTile * kRowTile; rows > 0 && row >= 0; row -= kRowTile) {
-      add_rows(a, request, row, std::min(kRowTile, rows - row), rows <= kRowTile, &plan);
+      add_rows(a, request, row, std::min(kRowTile, rows - row), rows <= kRowTile, ranges, &plan);
     }
   }
   return plan;
 }
 
-// Gives the items that are combined their memory: a group's ranges one after the other.
+// How many of the items from `first` on are of one request.
+size_t chunks_of_request(const std::vector<AttentionItem>& items, size_t first) {
+  size_t last = first;
+  while (last < items.size() && items[last].request == items[first].request) ++last;
+  return last - first;
+}
+
+// Gives the items that are combined their memory: a chunk of groups' ranges one after the other.
 void place_states(const PagedAttention& a, float* memory, Plan* plan) {
   size_t item = 0;
-  for (size_t i = 0; i < plan->combined.size(); i += static_cast<size_t>(a.G)) {
+  for (size_t i = 0; i < plan->combined.size();) {
+    const size_t chunks = chunks_of_request(plan->combined, i);
     const AttentionItem& one = plan->combined[i];
-    const int64_t ranges = one.last_range - one.first_range, state = kernels().attention->state_floats(a, one.rows);
-    for (int64_t group = 0; group < a.G; ++group) plan->combined[i + static_cast<size_t>(group)].states = memory + group * ranges * state;
+    const int64_t ranges = one.last_range - one.first_range;
+    std::vector<int64_t> sizes;
+    for (size_t chunk = 0; chunk < chunks; ++chunk) {
+      AttentionItem& combined = plan->combined[i + chunk];
+      sizes.push_back(kernels().attention->state_floats(a, combined.groups * combined.rows));
+      combined.states = memory;
+      memory += ranges * sizes.back();
+    }
     while (plan->items[item].request != one.request) ++item;
     for (int64_t range = 0; range < ranges; ++range) {
-      for (int64_t group = 0; group < a.G; ++group) plan->items[item++].states = memory + (group * ranges + range) * state;
+      for (size_t chunk = 0; chunk < chunks; ++chunk) plan->items[item++].states = plan->combined[i + chunk].states + range * sizes[chunk];
     }
-    memory += a.G * ranges * state;
+    i += chunks;
   }
 }
 

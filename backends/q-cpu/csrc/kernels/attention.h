@@ -59,12 +59,15 @@ struct PagedAttention {
 
 // Keys are attended to in ranges of this many, counted from the sequence's start; what the ranges give is merged in their order.
 constexpr int64_t kKeyRange = 1024;
-constexpr int64_t kRowTile = 96;  // most rows of an item
+// Most rows of an item, over its groups, where those of each are rounded up to a multiple of four.
+constexpr int64_t kRowTile = 96;
+constexpr int64_t kFewRows = 8;   // most rows of a group, for an item to have several groups
 
-// Rows of one request and group, and the ranges of keys that they attend to.
+// Rows of one request and of groups that follow each other, and the ranges of keys that they attend to.
 struct AttentionItem {
-  int64_t request, group;
-  int64_t row, rows;
+  int64_t request;
+  int64_t group, groups;
+  int64_t row, rows;                // of each group
   int64_t first_range, last_range;  // half open
   // Null: the item has all its rows' ranges, and writes their outputs. Otherwise their partial results, `state_floats` a range.
   float* states;
@@ -75,7 +78,7 @@ struct AttentionKernels {
   void (*write_kv)(const WriteKv&, int64_t first, int64_t last);
   void (*copy_blocks)(const CopyBlocks&, int64_t first, int64_t last);
   int64_t (*scratch_floats)(const PagedAttention&);
-  int64_t (*state_floats)(const PagedAttention&, int64_t rows);
+  int64_t (*state_floats)(const PagedAttention&, int64_t rows);  // rows of all groups
   void (*attend)(const PagedAttention&, const AttentionItem* items, int64_t first, int64_t last, float* scratch);
   // Merges the states of items that cover all ranges of their rows, and writes the outputs.
   void (*combine)(const PagedAttention&, const AttentionItem* items, int64_t first, int64_t last, float* scratch);

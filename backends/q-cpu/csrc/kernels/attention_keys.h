@@ -52,22 +52,74 @@ inline void find_slots(const PagedAttention& a, const AttentionItem& item, int64
   for (i = i < 0 ? 0 : i; i < kKeyTile; ++i) slots->slot[i] = -1;
 }
 
+// Finds the rows of slots in the kv head that comes `group` after the slots' own.
+template <class C>
+inline void find_rows(const PagedAttention& a, const TileSlots& slots, int64_t group, const void* zeros, TileRows* rows) {
+  const C* const keys = static_cast<const C*>(a.k_cache_BGSD) + group * a.S * a.D;
+  const C* const values = static_cast<const C*>(a.v_cache_BGSD) + group * a.S * a.D;
+  for (int64_t i = 0; i < kKeyTile; ++i) {
+    const int64_t slot = slots.slot[i];
+    rows->key[i] = slot < 0 ? zeros : static_cast<const void*>(keys + slot * a.D);
+    rows->value[i] = slot < 0 ? zeros : static_cast<const void*>(values + slot * a.D);
+  }
+}
+
 // Factors of a tile's scores and weights, where the cache holds codes.
 struct Scales {
-  Vector key[kTileVectors];
-  Vector value[kTileVectors];
+  float key[kKeyTile];
+  float value[kKeyTile];
 };
 
-inline void read_scales(const PagedAttention& a, const TileSlots& slots, Scales* scales) {
+inline void read_scales(const PagedAttention& a, const TileSlots& slots, int64_t group, Scales* scales) {
   if (a.format == CacheFormat::dense) return;
   const float peak = a.format == CacheFormat::int8 ? 127.0f : 448.0f;
-  float key[kKeyTile], value[kKeyTile];
   for (int64_t i = 0; i < kKeyTile; ++i) {
-    key[i] = slots.slot[i] < 0 ? 0.0f : a.k_scale_BGS[slots.slot[i]] / peak;
-    value[i] = slots.slot[i] < 0 ? 0.0f : a.v_scale_BGS[slots.slot[i]] / peak;
+    const int64_t slot = slots.slot[i] + group * a.S;
+    scales->key[i] = slots.slot[i] < 0 ? 0.0f : a.k_scale_BGS[slot];
+    scales->value[i] = slots.slot[i] < 0 ? 0.0f : a.v_scale_BGS[slot];
   }
-  memcpy(scales->key, key, sizeof key);
-  memcpy(scales->value, value, sizeof value);
+  for (int64_t i = 0; i < kKeyTile; ++i) {
+    scales->key[i] /= peak;
+    scales->value[i] /= peak;
+  }
+}
+
+// A thread's buffers. Neither operand of a product is deeper than the outputs have columns.
+struct Scratch {
+  float* queries;  // [kRowTile, columns]
+  float* keys;     // [kKeyTile, columns]
+  float* values;   // [kKeyTile, columns]
+  float* range;    // states of the current range
+  float* total;    // and of those before
+  float* zeros;    // a row
+
+  Scratch(const PagedAttention& a, float* memory) {
+    queries = memory;
+    keys = queries + kRowTile * columns_of(a);
+    values = keys + kKeyTile * columns_of(a);
+    range = values + kKeyTile * columns_of(a);
+    total = range + state_size(a, kRowTile);
+    zeros = total + state_size(a, kRowTile);
+  }
+
+  static int64_t size(const PagedAttention& a) {
+    return (kRowTile + 2 * kKeyTile + 1) * columns_of(a) + 2 * state_size(a, kRowTile);
+  }
+};
+
+// The tiles of an item's keys in a range, in order: calls attend(tile, slots, next tile's slots).
+template <class Attend>
+inline void for_each_tile(const PagedAttention& a, const AttentionItem& item, const Reach& reach, int64_t range, Attend&& attend) {
+  const int64_t begin = reach.begin(item.row), end = reach.end(item.row + item.rows - 1);
+  const int64_t range_end = smaller((range + 1) * kKeyRange, end);
+  int64_t tile = range * kKeyRange > begin ? range * kKeyRange : begin / kKeyTile * kKeyTile;
+  TileSlots slots, next;
+  find_slots(a, item, tile, begin, range_end, &slots);
+  for (; tile < range_end; tile += kKeyTile) {
+    find_slots(a, item, tile + kKeyTile, begin, range_end, &next);
+    attend(tile, slots, next);
+    slots = next;
+  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A square of vectors, rows to columns.
+// Squares of lanes, rows to columns.
 
 #pragma once
 
@@ -9,20 +9,29 @@ namespace {
 
 #if defined(__AVX512F__)
 
-inline void transpose(Vector (&square)[kLanes]) {
-  __m512 rows[16], pairs[16], fours[16];
-  memcpy(rows, square, sizeof rows);
-  for (int i = 0; i < 16; i += 2) {
+// Four vectors' 128-bit parts, each part's square by itself.
+inline void transpose_quads(Vector (&four)[4]) {
+  __m512 rows[4], pairs[4];
+  memcpy(rows, four, sizeof rows);
+  for (int i = 0; i < 4; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
     pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
   }
+  for (int half = 0; half < 2; ++half) {
+    const __m512d a = _mm512_castps_pd(pairs[half]), b = _mm512_castps_pd(pairs[2 + half]);
+    rows[2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    rows[2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  memcpy(four, rows, sizeof rows);
+}
+
+inline void transpose(Vector (&square)[kLanes]) {
   // fours[4q + c] has, in its 128-bit part p, column 4p + c of the rows 4q…4q + 3.
+  __m512 rows[16], fours[16];
   for (int i = 0; i < 16; i += 4) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512d a = _mm512_castps_pd(pairs[i + half]), b = _mm512_castps_pd(pairs[i + 2 + half]);
-      fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
+    Vector four[4] = {square[i], square[i + 1], square[i + 2], square[i + 3]};
+    transpose_quads(four);
+    memcpy(fours + i, four, sizeof four);
   }
   constexpr int kEven = 0x88, kOdd = 0xdd;  // parts of both operands
   for (int c = 0; c < 4; ++c) {
@@ -40,20 +49,27 @@ inline void transpose(Vector (&square)[kLanes]) {
 
 #elif defined(__AVX2__)
 
-inline void transpose(Vector (&square)[kLanes]) {
-  __m256 rows[8], pairs[8], fours[8];
-  memcpy(rows, square, sizeof rows);
-  for (int i = 0; i < 8; i += 2) {
+inline void transpose_quads(Vector (&four)[4]) {
+  __m256 rows[4], pairs[4];
+  memcpy(rows, four, sizeof rows);
+  for (int i = 0; i < 4; i += 2) {
     pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
     pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
   }
-  // fours[4q + c] has, in its 128-bit part p, column 4p + c of the rows 4q…4q + 3.
+  for (int half = 0; half < 2; ++half) {
+    const __m256d a = _mm256_castps_pd(pairs[half]), b = _mm256_castps_pd(pairs[2 + half]);
+    rows[2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    rows[2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+  memcpy(four, rows, sizeof rows);
+}
+
+inline void transpose(Vector (&square)[kLanes]) {
+  __m256 rows[8], fours[8];
   for (int i = 0; i < 8; i += 4) {
-    for (int half = 0; half < 2; ++half) {
-      const __m256d a = _mm256_castps_pd(pairs[i + half]), b = _mm256_castps_pd(pairs[i + 2 + half]);
-      fours[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-      fours[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-    }
+    Vector four[4] = {square[i], square[i + 1], square[i + 2], square[i + 3]};
+    transpose_quads(four);
+    memcpy(fours + i, four, sizeof four);
   }
   for (int c = 0; c < 4; ++c) {
     rows[c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
@@ -64,15 +80,17 @@ inline void transpose(Vector (&square)[kLanes]) {
 
 #else
 
-inline void transpose(Vector (&square)[kLanes]) {
+inline void transpose_quads(Vector (&four)[4]) {
   constexpr Integers kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7}, kFirst = {0, 1, 4, 5}, kSecond = {2, 3, 6, 7};
-  const Vector low0 = __builtin_shuffle(square[0], square[1], kLow), high0 = __builtin_shuffle(square[0], square[1], kHigh);
-  const Vector low1 = __builtin_shuffle(square[2], square[3], kLow), high1 = __builtin_shuffle(square[2], square[3], kHigh);
-  square[0] = __builtin_shuffle(low0, low1, kFirst);
-  square[1] = __builtin_shuffle(low0, low1, kSecond);
-  square[2] = __builtin_shuffle(high0, high1, kFirst);
-  square[3] = __builtin_shuffle(high0, high1, kSecond);
+  const Vector low0 = __builtin_shuffle(four[0], four[1], kLow), high0 = __builtin_shuffle(four[0], four[1], kHigh);
+  const Vector low1 = __builtin_shuffle(four[2], four[3], kLow), high1 = __builtin_shuffle(four[2], four[3], kHigh);
+  four[0] = __builtin_shuffle(low0, low1, kFirst);
+  four[1] = __builtin_shuffle(low0, low1, kSecond);
+  four[2] = __builtin_shuffle(high0, high1, kFirst);
+  four[3] = __builtin_shuffle(high0, high1, kSecond);
 }
+
+inline void transpose(Vector (&square)[kLanes]) { transpose_quads(square); }
 
 #endif
 
