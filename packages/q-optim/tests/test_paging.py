@@ -198,7 +198,7 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     paged, unpaged = (line.split() for line in in_a_process(MEMORY, budget, tmp_path).splitlines())
     total = 48 * (8 << 20)
     assert int(unpaged[0]) == int(paged[0]) == total
-    assert int(unpaged[1]) >= total
+    assert int(unpaged[1]) >= total - budget  # which may have been kept of the run before
     assert int(paged[1]) <= budget
     assert unpaged[2] == paged[2]
 
