@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +85,29 @@ def test_states_beyond_half_the_budget_are_in_files(train: Callable[..., None]) 
     everything = PagedAdamW(params, paged_budget=2 * total)
     train(everything, params, range(1))
     assert in_files(everything, params) == 0
+
+
+@linux
+def test_a_copy_is_paged_too(train: Callable[..., None]) -> None:
+    params = big(False)
+    optimizer = PagedAdamW(params, paged_budget=1 << 20)
+    train(optimizer, params, range(1))
+    copied, other = copy.deepcopy((params, optimizer))
+    assert in_files(other, copied) == in_files(optimizer, params) > 0
+    train(other, copied, range(1, 2))
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_each_state_is_saved_alone(train: Callable[..., None]) -> None:
+    """Not with all of the file that it's in: formats that refuse shared memory take it."""
+    params = big(False)
+    optimizer = PagedAdamW8bit(params, paged_budget=0)
+    train(optimizer, params, range(1))
+    states = {
+        f"{i}.{key}": value for i, param in enumerate(params) for key, value in optimizer.state[param].items() if key != "step"
+    }
+    loaded = safetensors.torch.load(safetensors.torch.save(states))
+    assert all(torch.equal(value, loaded[key]) for key, value in states.items())
 
 
 @linux
