@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+SECONDS_TO_START = 180
 SECONDS_A_TEST = 60
 SECONDS_A_COLLECTIVE = 20
 
@@ -41,11 +42,14 @@ class TwoRanks:
         self.folder = tempfile.TemporaryDirectory()
         store = Path(self.folder.name, "store")
         with Listener(("127.0.0.1", 0)) as listener:  # a port that is free
-            listener._listener._socket.settimeout(SECONDS_A_TEST)  # type: ignore[attr-defined]
+            listener._listener._socket.settimeout(SECONDS_TO_START)  # type: ignore[attr-defined]
             port = str(listener.address[1])
             program = [sys.executable, __file__, str(self.module), port]
             self.processes = [subprocess.Popen([*program, str(rank), store.as_uri()]) for rank in (0, 1)]
             accepted = [listener.accept() for _ in self.processes]
+        if not all(connection.poll(SECONDS_TO_START) for connection in accepted):
+            self.stop()
+            pytest.fail("the two processes didn't find each other in time")
         self.connections = [connection for _, connection in sorted((c.recv(), c) for c in accepted)]
 
     def stop(self) -> None:
@@ -103,9 +107,9 @@ def serve(path: str, port: int, rank: int, store: str) -> None:
     """Run the cases of a module that the test process asks for, until it is gone."""
     torch.set_num_threads(1)
     with Client(("127.0.0.1", port)) as connection:
-        connection.send(rank)
         module = _module_at(path)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS_A_COLLECTIVE))
+        connection.send(rank)
         while True:
             try:
                 name, arguments = connection.recv()

@@ -1,22 +1,12 @@
 """Quantized models on two real processes: fully_shard, torch.distributed.checkpoint, DTensor.
 
-A function marked ``on_two_ranks`` is a test whose body runs in both processes; it fails if it raises in either. The two live for the whole
-module, because starting one takes seconds, and are replaced after a test that they didn't answer in time. This file is their program too,
-which is why it is one long file.
+The processes live for the whole module, which is why it is one long file.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,98 +49,7 @@ from q_nn import (
     save_pretrained,
     weight_bytes,
 )
-
-SECONDS_A_TEST = 60
-SECONDS_A_COLLECTIVE = 20
-CASES: dict[str, Callable[..., None]] = {}
-
-
-class TwoRanks:
-    """Two processes joined by gloo."""
-
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.connections: list[Connection] = []
-
-    def start(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        store = Path(self.folder.name, "store")
-        with Listener(("127.0.0.1", 0)) as listener:  # a port that is free
-            listener._listener._socket.settimeout(SECONDS_A_TEST)  # type: ignore[attr-defined]
-            port = str(listener.address[1])
-            self.processes = [subprocess.Popen([sys.executable, __file__, port, str(rank), store.as_uri()]) for rank in (0, 1)]
-            accepted = [listener.accept() for _ in self.processes]
-        self.connections = [connection for _, connection in sorted((c.recv(), c) for c in accepted)]
-
-    def stop(self) -> None:
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        if self.processes:
-            self.folder.cleanup()
-        self.processes, self.connections = [], []
-
-    def run(self, case: str, arguments: dict[str, Any]) -> None:
-        if not self.processes:
-            self.start()
-        deadline = time.monotonic() + SECONDS_A_TEST
-        for connection in self.connections:
-            connection.send((case, arguments))
-        problems = []
-        for rank, connection in enumerate(self.connections):
-            try:
-                answered = connection.poll(max(0, deadline - time.monotonic()))
-                problem = connection.recv() if answered else "no answer in time"
-            except (EOFError, ConnectionError):
-                problem = "the process ended"
-            if problem is not None:
-                problems.append(f"rank {rank}: {problem}")
-        if problems:
-            self.stop()  # the ranks may be out of step now
-            pytest.fail("\n".join(problems), pytrace=False)
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks()
-    yield ranks
-    ranks.stop()
-
-
-def on_two_ranks(case: Callable[..., None]) -> Callable[..., None]:
-    CASES[case.__name__] = case
-
-    def test(two_ranks: TwoRanks, **arguments: Any) -> None:
-        two_ranks.run(case.__name__, arguments)
-
-    parameters = [inspect.Parameter("two_ranks", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += inspect.signature(case).parameters.values()
-    test.__name__, test.__doc__ = case.__name__, case.__doc__
-    test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return test
-
-
-def serve(port: int, rank: int, store: str) -> None:
-    """Run the cases that the test process asks for, until it is gone."""
-    torch.set_num_threads(1)
-    with Client(("127.0.0.1", port)) as connection:
-        connection.send(rank)
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS_A_COLLECTIVE))
-        while True:
-            try:
-                case, arguments = connection.recv()
-            except EOFError:
-                return
-            try:
-                torch.manual_seed(0)
-                CASES[case](**arguments)
-                dist.barrier()  # a rank that was left waiting, or a collective too many, shows here
-                connection.send(None)
-            except Exception:
-                connection.send(traceback.format_exc())
-
+from two_ranks import on_two_ranks, two_ranks  # noqa: F401
 
 # --- the model ------------------------------------------------------------------------------------------------------------
 
@@ -761,7 +660,3 @@ def test_reshard_to_fewer_ranks_is_refused_by_torch() -> None:
                 model(torch.randn(3, 64))
     finally:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,7 +101,7 @@ def make(name: str, model: Products, *, as_if_sharded: bool = False, **settings:
     return optimizer
 
 
-def train(run: nn.Module, model: Products, optimizer: BlockwiseOptimizer, steps: range, *, whole: bool = False) -> None:
+def train(run: nn.Module, model: Products, optimizer: torch.optim.Optimizer, steps: range, *, whole: bool = False) -> None:
     """Steps on this rank's share of the batches, or, in one process, on all of them."""
     for step in steps:
         optimizer.zero_grad()
@@ -196,6 +197,19 @@ def test_replicas_round_the_same_noise(name: str) -> None:
     assert_same(optimizer, expected)
 
 
+@on_two_ranks
+def test_whole_parameters_are_shared_out_by_zero() -> None:
+    """ZeroRedundancyOptimizer makes an optimizer of ours for this rank's parameters, and gathers what they all hold."""
+    model = model_for("AdamW8bit")
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), q_optim.AdamW8bit, **SETTINGS["AdamW8bit"])
+    train(DistributedDataParallel(model), model, optimizer, range(3))
+    optimizer.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        gathered = q_optim.AdamW8bit(model.parameters())
+        gathered.load_state_dict(optimizer.state_dict())
+        assert_same(gathered, single_process("AdamW8bit", 3, as_if_sharded=False))
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "Muon8bit", "LARS8bit"])
 @on_two_ranks
 def test_a_network_trains_as_on_one_process(name: str) -> None:
@@ -266,7 +280,7 @@ def test_what_is_not_sharded_by_rows_is_refused() -> None:
     mesh = init_device_mesh("cpu", (2,))
     columns = nn.Parameter(distribute_tensor(torch.randn(8, 512), mesh, [Shard(1)]))
     with pytest.raises(
-        TypeError, match=r"AdamW8bit: 'head' of shape \[8, 512\] is placed .*Shard\(dim=1\).*expected Replicate or Shard"
+        TypeError, match=r"AdamW8bit: head of shape \[8, 512\] is placed .*Shard\(dim=1\).*expected Replicate or Shard"
     ):
         q_optim.AdamW8bit([("head", columns)])
 

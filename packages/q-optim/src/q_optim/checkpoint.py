@@ -38,6 +38,10 @@ def check_groups(what: str, saved: Sequence[Mapping[str, Any]], own: Sequence[Ma
                 raise ValueError(
                     f"{what}: the saved state has {theirs!r} where this optimizer has {ours!r}; give parameters in the same order"
                 )
+        if there.get("algorithm", here["algorithm"]) != here["algorithm"]:
+            raise ValueError(
+                f"{what}: the state is of {there['algorithm']}, expected one of {here['algorithm']}; was it saved by another optimizer?"
+            )
         missing = set(expected) - set(there)
         if missing:
             raise ValueError(f"{what}: a parameter group has no {sorted(missing)}; was it saved by another optimizer?")

@@ -60,6 +60,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._forget()
         defaults = {
             **settings,
+            "algorithm": algorithm.__name__,
             "optim_bits": bits,
             "min_8bit_size": given.get("min_8bit_size", 4096),
             "blocksize": given.get("blocksize"),
@@ -83,6 +84,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def check_group(self, what: str, group: dict[str, Any]) -> None:
         """Refuse settings that can't be meant."""
+        checks.supported(what, "algorithm", group["algorithm"], (_lineage(self)[0].__name__,), "an optimizer has one")
         checks.number(what, "lr", group["lr"])
         checks.number(what, "weight_decay", group["weight_decay"])
         check_storage(what, group, self.supported_bits)
