@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -294,3 +297,20 @@ def test_names_are_thin() -> None:
             bits = next((bits for bits in (4, 8, 32) if name.endswith(f"{bits}bit")), 32)
             assert optimizer.defaults["optim_bits"] == bits, name
             assert (optimizer._paging is not None) == name.startswith("Paged"), name
+
+
+def test_a_device_that_no_backend_serves_is_refused_before_any_step() -> None:
+    """With the reference refused, and no other backend, nobody serves a CPU."""
+    program = (
+        "import torch, q_optim\n"
+        "model = torch.nn.Linear(8, 8)\n"
+        "try:\n"
+        "    q_optim.AdamW8bit(model.named_parameters())\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "Q_BACKENDS": "reference", "Q_FALLBACK": "error"}
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert said.startswith("AdamW8bit: weight of shape [8, 8] is on cpu, where no backend updates it: optimizer_step_8bit")

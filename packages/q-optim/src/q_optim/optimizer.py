@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from q_core.backend import NoBackendError
 from q_core.optimizers import preferences
 from q_core.specs.check import FLOATS
 from q_optim import checkpoint, checks, shards
 from q_optim.arguments import ONE_WAY, StorageArguments, check_storage, paging_of
 from q_optim.manager import GlobalOptimManager
-from q_optim.paging import InMemory, Placement, paged_placement
 from q_optim.segment import Segment
+from q_optim.states import StatePlaces, held_tensors
 from q_optim.storage import DEFAULT_BLOCKSIZES, Part, Storage, blocksize_within_rows, storage_of
 from q_optim.update import StochasticallyRounded, Update
 
@@ -74,7 +75,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._resolved: dict[Tensor, dict[str, Any]] | None = None
         self._skipped: dict[Tensor, Tensor] = {}
-        self._placements: dict[torch.device, Placement] = {}
+        self._places = StatePlaces(self._paging)
 
     # What an algorithm defines.
 
@@ -117,6 +118,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.check_group(name, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        served: set[tuple[torch.device, torch.dtype]] = set()
         try:
             for param in group["params"]:
                 if param.requires_grad:
@@ -124,10 +126,27 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     self.check_parameter(what, param)
                     if group["stochastic_rounding"] and param.dtype == torch.float16:
                         raise TypeError(f"{what} has dtype torch.float16, but stochastic_rounding is for bfloat16")
+                    if (param.device, param.dtype) not in served:
+                        self._check_served(what, group, param)
+                        served.add((param.device, param.dtype))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._resolved = None
+
+    @torch.no_grad()
+    def _check_served(self, what: str, group: dict[str, Any], param: Tensor) -> None:
+        """Refuse a parameter where no backend serves the update, by an update of a single zero, before any training."""
+        bits = group["optim_bits"]
+        update, storage = self.update(group, 1), storage_of(bits, group["blocksize"] or DEFAULT_BLOCKSIZES[bits])
+        zero = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=param.device)
+        parts = list(self._parts(storage, group, update.states, zero))
+        states = {part.key: torch.zeros(part.shape, dtype=part.dtype, device=param.device) for part in parts}
+        counter = torch.zeros((), dtype=torch.int64, device=param.device)
+        try:
+            update([Segment(zero.shape, zero, torch.zeros_like(zero), states, counter)], storage)
+        except NoBackendError as error:
+            raise ValueError(f"{what} is on {param.device}, where no backend updates it: {error}") from error
 
     def override(self, params: Tensor | torch.nn.Module | Iterable[Tensor], **settings: Any) -> None:
         """Give some parameters settings of their own, above those of their group.
@@ -272,29 +291,16 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     missing += [(param, part) for part in self._parts(key.storage, settings, names, param) if part.key not in state]
                 if param not in self._skipped:
                     self._skipped[param] = torch.zeros((), dtype=torch.int64, device=key.device)
-        for param, part, tensor in self._made(missing):
+        for param, part, tensor in self._places.make(missing):
             self.state[param].setdefault("step", 0)
             self.state[param][part.key] = tensor
 
-    def _made(self, wanted: Iterable[tuple[Tensor, Part]]) -> list[tuple[Tensor, Part, Tensor]]:
-        """New tensors of these parameters' states, all or none, placed as the parameters are."""
-        by_device: dict[torch.device, list[tuple[Tensor, Part]]] = defaultdict(list)
-        for param, part in wanted:
-            by_device[param.device].append((param, part))
-        made = []
-        for device, parts in by_device.items():
-            tensors = self._placement(device).make([self._local(param, part) for param, part in parts])
-            made += [
-                (param, part, shards.like(param, tensor, part.shape)) for (param, part), tensor in zip(parts, tensors, strict=True)
-            ]
-        return made
-
     def _copy_in(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Hold copies of these states; what was held is given up, and its place with it."""
-        self._placements = {}
+        self._places = StatePlaces(self._paging)
         self.state = defaultdict(dict)
-        held = [(param, key, value) for param, state in states.items() for key, value in state.items() if key != "step"]
-        made = self._made([(param, Part(key, value.dtype, value.shape, 0.0)) for param, key, value in held])
+        held = [(param, key, value) for param, state in states.items() for key, value in held_tensors(state).items()]
+        made = self._places.make([(param, Part(key, value.dtype, value.shape, 0.0)) for param, key, value in held])
         for param, state in states.items():
             self.state[param]["step"] = state["step"]
         for param, part, tensor in made:
@@ -305,61 +311,15 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for name in names:
             yield from storage.parts(name, param.shape, self.initial(settings) if name == "state2" else 0.0)
 
-    def _local(self, param: Tensor, part: Part) -> Part:
-        return Part(part.key, part.dtype, shards.local_shape(param, part.shape), part.fill)
-
-    def _placement(self, device: torch.device) -> Placement:
-        if device not in self._placements:
-            self._placements[device] = InMemory(device) if self._paging is None else paged_placement(device, *self._paging)
-        return self._placements[device]
-
     def _update(self, update: Update, key: _Alike, settings: dict[str, Any], params: list[Tensor]) -> None:
-        placement = self._placement(key.device)
-        if update.whole and any(map(shards.is_sharded, params)):
-            for param in params:
-                self._update_gathered(update, key, settings, param)
-        else:
-            # The ops walk memory flat, so a parameter that isn't contiguous (channels_last, say) is updated in a copy and written back.
-            locals_ = [shards.local(param) for param in params]
-            packed = [param.contiguous() for param in locals_]
-            placement.run(
-                update, [self._segment(param, values, settings) for param, values in zip(params, packed, strict=True)], key.storage
-            )
-            for param, updated in zip(locals_, packed, strict=True):
-                if updated is not param:
-                    param.copy_(updated)
+        segments = []
+        for param in params:
+            assert param.grad is not None
+            grad = -param.grad if settings["maximize"] else param.grad
+            segments.append(Segment(param.shape, param, grad, held_tensors(self.state[param]), self._skipped[param]))
+        self._places.run(update, segments, key.storage)
         for param in params:
             self.state[param]["step"] = key.step
-
-    def _segment(self, param: Tensor, values: Tensor, settings: dict[str, Any]) -> Segment:
-        assert param.grad is not None
-        grad = shards.share(param, param.grad)
-        return Segment(
-            shape=param.shape,
-            param=values,
-            grad=-grad if settings["maximize"] else grad,
-            states={name: shards.local(held) for name, held in self.state[param].items() if name != "step"},
-            skipped=self._skipped[param],
-        )
-
-    def _update_gathered(self, update: Update, key: _Alike, settings: dict[str, Any], param: Tensor) -> None:
-        """A sharded parameter whose update wants it whole: every process updates all of it, and keeps its share."""
-        held = {name: tensor for name, tensor in self.state[param].items() if name != "step"}
-        full = {name: shards.whole(tensor) for name, tensor in held.items()}
-        assert param.grad is not None
-        grad = shards.whole(param.grad)
-        values = shards.whole(param)
-        segment = Segment(
-            shape=param.shape,
-            param=values,
-            grad=-grad if settings["maximize"] else grad,
-            states=full,
-            skipped=self._skipped[param],
-        )
-        update([segment], key.storage)
-        shards.keep_share(param, values)
-        for name, tensor in held.items():
-            shards.keep_share(tensor, full[name])
 
     # Checkpoints.
 
@@ -405,6 +365,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_overrides" in state:  # of a copy; torch's load_state_dict sets the groups and states alone
+            self._paging = state["_paging"]
             self._forget()
         super().__setstate__(state)
         if "_overrides" in state and self._paging is not None:

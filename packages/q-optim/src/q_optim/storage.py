@@ -136,7 +136,7 @@ def _four_bit_book(signed: bool, device: torch.device) -> Tensor:
 
 
 STORAGES: dict[int, type[Storage]] = {storage.bits: storage for storage in (Float32, EightBit, FourBit)}
-DEFAULT_BLOCKSIZES = {8: 256, 4: 128}
+DEFAULT_BLOCKSIZES = {32: 0, 8: 256, 4: 128}
 
 
 @functools.lru_cache

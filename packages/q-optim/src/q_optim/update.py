@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from q_core import ops
+from q_core import bound, hookspecs
+from q_core.formats.codebooks import dynamic_map
 from q_core.optimizers import ALL_STATES, RULES, WHOLE_TENSOR_RULES, OptimizerName
 from q_optim.segment import Segment, absmax_key, batches
 from q_optim.storage import Float32, FourBit, Storage
@@ -32,6 +33,30 @@ class Update(Protocol):
     def whole(self) -> bool: ...
     def __call__(self, segments: Sequence[Segment], storage: Storage) -> None:
         """Update parameters and states in place."""
+
+
+_step_8bit = bound(hookspecs.optimizer_step_8bit)
+_step_32bit = bound(hookspecs.optimizer_step_32bit)
+
+_SETTINGS: dict[str, Any] = {
+    "lr": 0.0,
+    "beta1": 0.0,
+    "beta2": 0.0,
+    "beta3": 0.0,
+    "alpha": 0.0,
+    "eps": 0.0,
+    "weight_decay": 0.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "trust_coefficient": 0.0,
+    "step": 0,
+}
+"""The ops' settings in their order, each as it is where a rule doesn't use it."""
+
+
+def _keys(storage: Storage) -> tuple[str, ...]:
+    """The lists of states that the op takes, in its order."""
+    return ALL_STATES if isinstance(storage, Float32) else (*ALL_STATES, *map(absmax_key, ALL_STATES))
 
 
 def common_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -59,15 +84,21 @@ class SurfaceUpdate:
             for batch in batches(segments, WORKSPACE, whole=self.whole):
                 self._step_4bit(batch, storage)
             return
-        keys = ALL_STATES if isinstance(storage, Float32) else (*ALL_STATES, *map(absmax_key, ALL_STATES))
+        # Bound, without a second check: settings were checked when they were given, states were made here, and torch sees to gradients.
         kept = segments[0].states
-        arguments: dict[str, Any] = {key: [segment.states[key] for segment in segments] for key in keys if key in kept}
-        arguments |= {"skipped": [segment.skipped for segment in segments], **self.settings}
+        lists: list[Any] = [[segment.states[key] for segment in segments] if key in kept else [] for key in _keys(storage)]
         params, grads = [segment.param for segment in segments], [segment.grad for segment in segments]
+        skipped = [segment.skipped for segment in segments]
+        arguments: list[Any]
+        settings = [self.settings.get(name, neutral) for name, neutral in _SETTINGS.items()]
         if isinstance(storage, Float32):
-            ops.optimizer_step_32bit(self.rule, params, grads, **arguments)
+            arguments = [self.rule, params, grads, *lists, skipped, *settings]
+            _step_32bit(*arguments)
         else:
-            ops.optimizer_step_8bit(self.rule, params, grads, **arguments, blocksize=storage.blocksize)
+            device = params[0].device
+            books = dynamic_map(signed=True, device=device), dynamic_map(signed=False, device=device)
+            arguments = [self.rule, params, grads, *lists, skipped, *books, *settings, storage.blocksize]
+            _step_8bit(*arguments)
 
     def _step_4bit(self, segments: Sequence[Segment], storage: FourBit) -> None:
         """The surface's step on states that are decoded for it; a block with a non-finite gradient stays as it is."""
