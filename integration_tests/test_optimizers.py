@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import q_nn
+import q_optim
 from optimizers import convergence, memory, paging, report
 from optimizers.__main__ import STATES_SHARE, missed
 
@@ -81,3 +85,13 @@ def test_what_is_missed_is_said(memories: dict[int, memory.Memory], paged: pagin
 def test_the_scratch_file_is_gone(tmp_path: Path) -> None:
     paging.measure(32, tmp_path, layers=2, width=128, tokens=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stable_embedding_has_32_bit_states_wherever_it_is_trained() -> None:
+    model = torch.nn.ModuleDict({"embedding": q_nn.StableEmbedding(100, 64), "head": torch.nn.Linear(64, 100)})
+    for trained in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        optimizer = q_optim.AdamW8bit(trained.parameters())
+        trained["head"](trained["embedding"](torch.arange(100))).square().mean().backward()
+        optimizer.step()
+        kept = {name: optimizer.state[param]["state1"].dtype for name, param in trained.named_parameters()}
+        assert kept["embedding.weight"] == torch.float32 and kept["head.weight"] == torch.uint8

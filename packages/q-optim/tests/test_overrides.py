@@ -47,7 +47,7 @@ def test_by_the_optimizer() -> None:
     """A parameter, several, or a module."""
     net = model()
     optimizer = AdamW8bit(net.parameters(), min_8bit_size=0)
-    optimizer.override(net[0].weight, optim_bits=32)
+    optimizer.override(net[0].weight, bits=32)
     assert bits_after_a_step(optimizer) == [32, 8, 8, 8]
     net = model()
     optimizer = AdamW8bit(net.parameters(), min_8bit_size=0)
@@ -78,7 +78,8 @@ def test_of_any_setting() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"bits": 32}, ValueError, "AdamW8bit.override: there is no setting 'bits', expected one of .*optim_bits"),
+        ({"states": 32}, ValueError, "AdamW8bit.override: there is no setting 'states', expected one of .*optim_bits"),
+        ({"bits": 5}, ValueError, "optim_bits is 5"),
         ({"optim_bits": 5}, ValueError, "optim_bits is 5"),
         ({"lr": -1.0}, ValueError, "lr is -1.0"),
         ({"amsgrad": True}, ValueError, "amsgrad is True"),

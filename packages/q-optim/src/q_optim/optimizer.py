@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -148,12 +148,15 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         except NoBackendError as error:
             raise ValueError(f"{what} is on {param.device}, where no backend updates it: {error}") from error
 
-    def override(self, params: Tensor | torch.nn.Module | Iterable[Tensor], **settings: Any) -> None:
+    def override(
+        self, params: Tensor | torch.nn.Module | Iterable[Tensor], *, bits: Literal[4, 8, 32] | None = None, **settings: Any
+    ) -> None:
         """Give some parameters settings of their own, above those of their group.
 
         Args:
             params: a parameter, several, or a module, whose parameters are meant; each must be this optimizer's.
-            **settings: any that a parameter group may have, ``optim_bits=32`` for one.
+            bits: precision of their states, short for ``optim_bits``.
+            **settings: any that a parameter group may have.
 
         Raises:
             ValueError: a parameter isn't this optimizer's, a setting doesn't exist or isn't right, or the precision of a state that
@@ -163,6 +166,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         chosen = (
             [params] if isinstance(params, Tensor) else list(params.parameters() if isinstance(params, torch.nn.Module) else params)
         )
+        if bits is not None:
+            settings = {"optim_bits": bits, **settings}
         self._check_known(what, settings)
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for param in chosen:
