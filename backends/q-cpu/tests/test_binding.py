@@ -227,7 +227,17 @@ NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, -1e308, float("inf"), float("
 def odd_tensors(draw: Callable[..., Any], right: torch.Tensor) -> torch.Tensor:
     """Another layout of a tensor's values, other values, or another shape."""
     flat = right.reshape(-1)
-    kinds = ["offset", "gaps", "turned", "bytes", "shape", "empty", "values", "dtype", *(["rows", "repeated"] if right.dim() else [])]
+    kinds = [
+        "offset",
+        "gaps",
+        "turned",
+        "bytes",
+        "shape",
+        "empty",
+        "values",
+        "dtype",
+        *(["rows", "repeated"] if right.dim() else []),
+    ]
     match draw(st.sampled_from(kinds)):
         case "offset":  # contiguous, and off what vectors would like
             return torch.cat([flat[:1], flat])[1:].view(right.shape)
