@@ -71,13 +71,11 @@ def _check_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{op}: params[{i}] is not contiguous, expected a contiguous tensor; call .contiguous() on it.")
 
 
-def _counters(op: str, skipped: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """Where skipped elements are counted, if they are."""
+def _check_counters(op: str, skipped: Sequence[Tensor]) -> None:
     for i, counter in enumerate(skipped):
         check.exact_dtype(op, f"skipped[{i}]", counter, torch.int64)
         if counter.shape != ():
             check.wrong_shape(op, f"skipped[{i}]", check.shape_of(counter), "[]")
-    return {"skipped": skipped} if skipped else {}
 
 
 def _check_state(op: str, argument: str, state: Tensor, dtype: torch.dtype, param: Tensor) -> None:
@@ -129,7 +127,8 @@ def check_optimizer_step_8bit(
         op, RULES[name].names(beta1),
         state1=state1, state2=state2, state3=state3, absmax1=absmax1, absmax2=absmax2, absmax3=absmax3,
     )  # fmt: skip
-    _check_lists(op, {"params": params, "grads": grads, **states} | _counters(op, skipped))
+    _check_lists(op, {"params": params, "grads": grads, **states} | ({"skipped": skipped} if skipped else {}))
+    _check_counters(op, skipped)
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if argument.startswith("absmax"):
@@ -164,7 +163,8 @@ def check_optimizer_step_32bit(
         dampening=dampening, nesterov=nesterov, trust_coefficient=trust_coefficient,
     )  # fmt: skip
     states = _check_states(op, RULES[name].names(beta1), state1=state1, state2=state2, state3=state3)
-    _check_lists(op, {"params": params, "grads": grads, **states} | _counters(op, skipped))
+    _check_lists(op, {"params": params, "grads": grads, **states} | ({"skipped": skipped} if skipped else {}))
+    _check_counters(op, skipped)
     for argument, tensors in states.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             _check_state(op, f"{argument}[{i}]", tensor, torch.float32, param)
