@@ -80,6 +80,7 @@ def test_of_any_setting() -> None:
     [
         ({"states": 32}, ValueError, "AdamW8bit.override: there is no setting 'states', expected one of .*optim_bits"),
         ({"bits": 5}, ValueError, "optim_bits is 5"),
+        ({"bits": 32, "optim_bits": 8}, TypeError, "bits and optim_bits are the same setting"),
         ({"optim_bits": 5}, ValueError, "optim_bits is 5"),
         ({"lr": -1.0}, ValueError, "lr is -1.0"),
         ({"amsgrad": True}, ValueError, "amsgrad is True"),

@@ -6,6 +6,7 @@ the tensors of :mod:`q_optim.storage`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, overload
@@ -38,7 +39,7 @@ class _Alike(NamedTuple):
     settings: Hashable
 
 
-class BlockwiseOptimizer(torch.optim.Optimizer):
+class BlockwiseOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers; see :class:`q_optim.AdamW` for the use and :class:`StorageArguments` for what all of them take."""
 
     supported_bits: ClassVar[tuple[int, ...]] = (8, 32)
@@ -79,9 +80,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     # What an algorithm defines.
 
+    @abstractmethod
     def update(self, group: dict[str, Any], step: int) -> Update:
         """The update of step number ``step``, from 1."""
-        raise NotImplementedError
 
     def check_group(self, what: str, group: dict[str, Any]) -> None:
         """Refuse settings that can't be meant."""
@@ -167,6 +168,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             [params] if isinstance(params, Tensor) else list(params.parameters() if isinstance(params, torch.nn.Module) else params)
         )
         if bits is not None:
+            if "optim_bits" in settings:
+                raise TypeError(f"{what}: bits and optim_bits are the same setting; give one of them")
             settings = {"optim_bits": bits, **settings}
         self._check_known(what, settings)
         groups = {param: group for group in self.param_groups for param in group["params"]}
@@ -280,7 +283,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             update = self.update(settings, key.step)
             if key.rounded:
                 # Of the step alone, so that a resumed run repeats the noise.
-                seed = hash((key.step, number)) & 0x7FFF_FFFF
+                seed = key.step << 20 | number
                 update = StochasticallyRounded(update, torch.Generator(key.device).manual_seed(seed))
             self._update(update, key, settings, params)
         return loss

@@ -7,6 +7,7 @@ A state is named ``state1`` (a first moment, which has both signs), ``state2`` (
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,7 +45,7 @@ def _is_signed(state: str) -> bool:
     return state != "state2"
 
 
-class Storage:
+class Storage(ABC):
     """A way to hold states, of tensors of any shape; ``bits`` an element, and ``blocksize`` elements a scale (0: there are none)."""
 
     bits: ClassVar[int]
@@ -52,17 +53,17 @@ class Storage:
     def __init__(self, blocksize: int = 0) -> None:
         self.blocksize = blocksize
 
+    @abstractmethod
     def parts(self, state: str, shape: torch.Size, initial: float) -> Iterator[Part]:
         """The tensors of a state of a parameter of this shape, all of whose elements are ``initial``, 0 or more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, segment: Segment, state: str) -> Tensor:
         """A state in float32, flat."""
-        raise NotImplementedError
 
-    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor | None) -> None:
+    @abstractmethod
+    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor) -> None:
         """Hold a float32 state, except for elements where ``keep`` is false; those are whole blocks."""
-        raise NotImplementedError
 
     def _scales(self, state: str, shape: torch.Size, initial: float) -> Part:
         return Part(absmax_key(state), torch.float32, scales_shape(shape, self.blocksize), initial)
@@ -77,9 +78,9 @@ class Float32(Storage):
     def decode(self, segment: Segment, state: str) -> Tensor:
         return segment.states[state]
 
-    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor | None) -> None:
+    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor) -> None:
         held = segment.states[state]
-        held.copy_(value if keep is None else torch.where(keep, value, held))
+        held.copy_(torch.where(keep, value, held))
 
 
 class EightBit(Storage):
@@ -94,7 +95,7 @@ class EightBit(Storage):
         codes, absmax = segment.states[state], segment.states[absmax_key(state)]
         return ops.dequantize_blockwise(codes, absmax, self._book(state, codes.device), blocksize=self.blocksize)
 
-    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor | None) -> None:
+    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor) -> None:
         codes, absmax = ops.quantize_blockwise(value, self._book(state, value.device), blocksize=self.blocksize)
         _replace(segment, state, codes, absmax, keep, self.blocksize)
 
@@ -118,7 +119,7 @@ class FourBit(Storage):
         codes = torch.stack((packed >> 4, packed & 15), -1).view(-1)[: segment.param.numel()]
         return ops.dequantize_blockwise(codes, absmax, self._book(state, codes.device), blocksize=self.blocksize)
 
-    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor | None) -> None:
+    def encode(self, segment: Segment, state: str, value: Tensor, keep: Tensor) -> None:
         codes, absmax = ops.quantize_blockwise(value, self._book(state, value.device), blocksize=self.blocksize)
         if codes.numel() % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
@@ -170,11 +171,8 @@ def _row_size(shape: torch.Size) -> int:
     return shape[1:].numel() if len(shape) else 0
 
 
-def _replace(segment: Segment, state: str, codes: Tensor, absmax: Tensor, keep: Tensor | None, blocksize: int) -> None:
+def _replace(segment: Segment, state: str, codes: Tensor, absmax: Tensor, keep: Tensor, blocksize: int) -> None:
     held, scales = segment.states[state], segment.states[absmax_key(state)]
-    if keep is not None:
-        elements_a_byte = 2 if codes.numel() < keep.numel() else 1
-        codes = torch.where(keep[::elements_a_byte], codes, held)
-        absmax = torch.where(keep[::blocksize], absmax, scales)
-    held.copy_(codes)
-    scales.copy_(absmax)
+    elements_a_byte = 2 if codes.numel() < keep.numel() else 1
+    held.copy_(torch.where(keep[::elements_a_byte], codes, held))
+    scales.copy_(torch.where(keep[::blocksize], absmax, scales))
