@@ -34,7 +34,7 @@ def markdown(losses: Mapping[str, Losses], memories: Sequence[Memory], pagings: 
     lines += [
         "## Memory",
         "",
-        f"{exact.parameters / 1e6:.1f} million bfloat16 parameters, one step; the process's growth is in resident memory, as the system counts it.",
+        f"{exact.parameters / 1e6:.1f} million bfloat16 parameters, one step. The process's growth is in resident memory.",
         "",
         *_table(
             ("states", "bytes", "a parameter", "of 32 bits", "the process grew by"),
