@@ -117,7 +117,7 @@ DYNAMIC_UNSIGNED = _dynamic_values(signed=False)
 
 
 @functools.lru_cache(maxsize=64)
-def _book_tensor(quant_type: FourBitType, device: torch.device) -> Tensor:
+def _book_tensor(quant_type: str, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(FOUR_BIT_BOOKS[quant_type].values, dtype=torch.float32, device=device)
 
@@ -133,7 +133,7 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
-def book_tensor(quant_type: FourBitType, device: torch.device) -> Tensor:
+def book_tensor(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit type by code, float32 on a device; shared, not to be written to."""
     if _traced():
         return torch.tensor(FOUR_BIT_BOOKS[quant_type].values, dtype=torch.float32, device=device)

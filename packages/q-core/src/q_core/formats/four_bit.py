@@ -81,9 +81,11 @@ class FourBit(WeightFormat):
         """
         book = FOUR_BIT_BOOKS.get(quant_type)
         if book is not None:
-            blocksize = blocksize or (_DEFAULT_BLOCKSIZE if _DEFAULT_BLOCKSIZE in book.blocksizes else book.blocksizes[0])
-            double_quant = book.scale == "absmax" if double_quant is None else double_quant
-        return cls(quant_type, blocksize or _DEFAULT_BLOCKSIZE, NESTED_BLOCKSIZE if double_quant else None)
+            if blocksize is None:
+                blocksize = _DEFAULT_BLOCKSIZE if _DEFAULT_BLOCKSIZE in book.blocksizes else book.blocksizes[0]
+            if double_quant is None:
+                double_quant = book.scale == "absmax"
+        return cls(quant_type, _DEFAULT_BLOCKSIZE if blocksize is None else blocksize, NESTED_BLOCKSIZE if double_quant else None)
 
     @property
     def scales(self) -> BlockScales:
