@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,18 @@ from torch import Tensor, nn
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor, held_components
 from q_core.formats.quantized_tensor import linear as product
-from q_core.formats.sharding import local_shard
 from q_core.formats.weight_format import WeightFormat
 from q_nn.int8_matmul import int8_matmul
-from q_nn.state_hooks import install
+from q_nn.quantized_module import QuantizedModule
 
 Activations = Literal["int8", "native"]
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(QuantizedModule, nn.Linear):
     """``nn.Linear`` with a :class:`QuantizedTensor` as its weight; see the subclasses.
 
     The weight is frozen; gradients flow through it to the input, and to the bias.
     """
-
-    holds: ClassVar[type[WeightFormat]]
-    """The kind of format that a subclass takes."""
 
     def __init__(
         self,
@@ -51,14 +47,6 @@ class QuantizedLinear(nn.Linear):
         layer.train(linear.training)
         return layer
 
-    def _hold(self, weight: QuantizedTensor) -> None:
-        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        install(self)
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        """Whether a checkpoint's weight in that format may be loaded."""
-        return isinstance(format, self.holds)
-
     def reset_parameters(self) -> None:
         """Draw a new random weight, as ``nn.Linear`` does, and quantize it."""
         weight = getattr(self, "weight", None)
@@ -70,10 +58,6 @@ class QuantizedLinear(nn.Linear):
             weight.copy_(dense.weight)
             if self.bias is not None:
                 self.bias.copy_(dense.bias)
-
-    def extra_repr(self) -> str:
-        """What ``nn.Linear`` shows, and the format."""
-        return f"{super().extra_repr()}, format={_quantized(self).format}"
 
     def _bias_for(self, dtype: torch.dtype) -> Tensor | None:
         """The bias as the ops want it: of the activations' dtype, which needn't be the one the layer was made with."""
@@ -150,9 +134,3 @@ class Linear8bitLt(QuantizedLinear):
         weight: Any = self.weight
         held = held_components(weight)
         return int8_matmul(input, held["codes"], held["absmax"], self.bias, weight.component_layout)
-
-
-def _quantized(layer: nn.Linear) -> QuantizedTensor:
-    weight = local_shard(layer.weight)
-    assert weight is not None
-    return weight

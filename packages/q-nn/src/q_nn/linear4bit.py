@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from torch import nn
 
 from q_core.formats.codebooks import FourBitType
-from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_core.formats.weight_format import WeightFormat
 from q_nn.linear import QuantizedLinear
+from q_nn.quantized_module import FourBitModule
 
 
-class Linear4bit(QuantizedLinear):
+class Linear4bit(FourBitModule, QuantizedLinear):
     """A linear layer with a 4-bit weight (QLoRA, arXiv 2305.14314).
 
-    It starts with a random weight, quantized at once; a state dict with a dense weight is quantized as it is loaded, one in
-    bitsandbytes' layout is taken as it is, with its own blocksize.
+    It starts with a random weight, quantized at once; a state dict with a dense weight is quantized as it is loaded, one in the flat layout
+    (:mod:`q_core.formats.checkpoint`) is taken as it is, with its own type and blocksize.
 
     Args:
         in_features, out_features: sizes of input and output.
         bias: whether there is a bias; it is not quantized.
         device, dtype: of the weight before it is quantized, and of the bias. With device "meta" nothing is allocated or quantized.
-        quant_type: "nf4" or "fp4".
-        blocksize: elements a scale, a power of two in 32…4096.
-        double_quant: quantize the scales too: 4.127 bits a weight at blocksize 64, and not 4.5. Decoded scales are kept between forwards
-            without gradients, see :func:`q_core.formats.quantized_tensor.resolve`.
-    """
+        quant_type: "nf4" (the default), "fp4", "int4", "mxfp4" or "nvfp4".
+        blocksize: elements a scale: a power of two in 32…4096, 64 by default; always 32 for "mxfp4" and 16 for "nvfp4".
+        double_quant: quantize the scales too: 4.127 bits a weight at blocksize 64, and not 4.5; by default where scales are float32. Those
+            of "mxfp4" (4.25 bits) and "nvfp4" (4.5) are a byte each already, and refuse it. Scales that have to be decoded are kept decoded
+            between forwards without gradients, see :func:`q_core.formats.quantized_tensor.resolve`.
 
-    holds = FourBit
+    Raises:
+        ValueError: the type is unknown, or doesn't have that blocksize or double quantization.
+    """
 
     def __init__(
         self,
@@ -40,72 +41,38 @@ class Linear4bit(QuantizedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        quant_type: FourBitType = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
+        quant_type: FourBitType | None = None,
+        blocksize: int | None = None,
+        double_quant: bool | None = None,
     ) -> None:
-        format = _four_bit(quant_type, blocksize, double_quant)
+        format = self._format(quant_type, blocksize, double_quant)
         super().__init__(in_features, out_features, bias, device, dtype, format=format)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, quant_type: FourBitType = "nf4", blocksize: int = 64, double_quant: bool = True
+        cls,
+        linear: nn.Linear,
+        *,
+        quant_type: FourBitType | None = None,
+        blocksize: int | None = None,
+        double_quant: bool | None = None,
     ) -> Self:
         """Quantize the weight of a linear layer; the bias is shared with it.
 
         Raises:
-            ValueError: the weight has an element that is not finite.
+            ValueError: the weight has an element that is not finite, or the settings are wrong.
         """
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, _four_bit(quant_type, blocksize, double_quant)))
+        format = cls._format(quant_type, blocksize, double_quant)
+        return cls._around(linear, QuantizedTensor.quantize(linear.weight, format))
 
 
-class _FixedType(Linear4bit):
-    """A :class:`Linear4bit` that says its type in its name."""
-
-    quant_type: ClassVar[FourBitType]
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        blocksize: int = 64,
-        double_quant: bool = True,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            device,
-            dtype,
-            quant_type=self.quant_type,
-            blocksize=blocksize,
-            double_quant=double_quant,
-        )
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, blocksize: int = 64, double_quant: bool = True) -> Self:  # type: ignore[override]
-        """:meth:`Linear4bit.from_linear` with the type of this class."""
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, _four_bit(cls.quant_type, blocksize, double_quant)))
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        return isinstance(format, FourBit) and format.quant_type == self.quant_type
-
-
-class LinearNF4(_FixedType):
+class LinearNF4(Linear4bit):
     """:class:`Linear4bit` in 4-bit NormalFloat: code-book entries at the quantiles of a normal distribution."""
 
-    quant_type: ClassVar[Literal["nf4"]] = "nf4"
+    fixed_type = "nf4"
 
 
-class LinearFP4(_FixedType):
+class LinearFP4(Linear4bit):
     """:class:`Linear4bit` in bitsandbytes' FP4: sign, two bits of exponent, one of mantissa."""
 
-    quant_type: ClassVar[Literal["fp4"]] = "fp4"
-
-
-def _four_bit(quant_type: FourBitType, blocksize: int, double_quant: bool) -> FourBit:
-    return FourBit(quant_type, blocksize, NESTED_BLOCKSIZE if double_quant else None)
+    fixed_type = "fp4"
