@@ -44,8 +44,10 @@ class Int8Rows(WeightFormat):
     def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
         return ops.gemm_int8_weight(x_TK, resolved["codes"], resolved["absmax"], bias=bias, layout=layout)
 
-    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
+    def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        rows = ids.reshape(-1)  # index_select refuses what is no row; an index in brackets takes -1 for the last
+        decoded = _decode(components["codes"].index_select(0, rows), components["absmax"].index_select(0, rows), dtype)
+        return decoded.view(*ids.shape, shape[1])
 
     @property
     def prepack_arguments(self) -> Mapping[str, Any]:
