@@ -5,7 +5,8 @@ from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
 from q_nn.data_parallel import prepare_ddp
-from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from q_nn.linear import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes

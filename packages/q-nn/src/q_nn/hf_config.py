@@ -14,7 +14,7 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.linear import Activations, Linear8bitLt
+from q_nn.linear8bit import Activations, Linear8bitLt
 from q_nn.patterns import check_patterns, matching
 
 _QUANT_TYPES = ("nf4", "fp4")
