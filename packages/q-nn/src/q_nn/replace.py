@@ -62,9 +62,11 @@ def plan_replacements(
 
 def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
     weight = linear.weight
+    if config.has_fp16_weights:
+        return Linear8bitLt.from_linear(linear, threshold=config.threshold, has_fp16_weights=True)
     layer = around(linear, QuantizedTensor.empty(weight.shape, config.format, dtype=weight.dtype, device=weight.device))
     if isinstance(layer, Linear8bitLt):
-        layer.activations = config.activations
+        layer.threshold = config.threshold
     return layer
 
 
