@@ -6,8 +6,8 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
 from q_nn.data_parallel import prepare_ddp
 from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
-from q_nn.linear import Linear8bitLt
 from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_int8 import LinearInt8
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
