@@ -249,5 +249,5 @@ def test_bad_weights_are_refused() -> None:
         QuantizedExperts(good["down_proj"], good["gate_up_proj"])
     with torch.no_grad():
         dense.down_proj[1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match="1 of .* elements are NaN"):
+    with pytest.raises(ValueError, match=r"1 of .* elements are NaN"):
         QuantizedExperts.from_experts(dense, Int8Rows())
