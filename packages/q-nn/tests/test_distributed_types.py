@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -75,6 +75,7 @@ def test_state_dict_of_two_loads_into_one_and_back(quant_type: FourBitType, bits
         assert isinstance(weight, QuantizedTensor) and weight.format == FourBit.of(quant_type).resolved_format
         assert torch.equal(one(ids), source(ids))
     two = shard(make_model(quant_type, seed=1))
-    two.load_state_dict(source.state_dict())  # scales in bytes, whole and alike on every rank
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(two, source.state_dict(), options=whole)  # scales in bytes, alike on every rank
     for ours, theirs in ((two[0].weight, source[0].weight), (two[1].base_layer.weight, source[1].base_layer.weight)):
         assert torch.equal(ours.full_tensor().dequantize(), theirs.dequantize())
