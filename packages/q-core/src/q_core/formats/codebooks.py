@@ -140,8 +140,21 @@ def book_tensor(quant_type: str, device: torch.device) -> Tensor:
     return _book_tensor(quant_type, device)
 
 
+def _constant_map(signed: bool, device: torch.device) -> Tensor:
+    return _dynamic_map(signed, device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_constant_map._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
+    device = torch.device(device)
+    # The flag, because torch 2.11's compiler takes is_exporting() for true.
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
+        # Tracing 256 numbers takes it seconds a layer. Of a constant's clone it knows the shape.
+        return _constant_map(signed, device).clone()
     if _traced():
         return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
-    return _dynamic_map(signed, torch.device(device))
+    return _dynamic_map(signed, device)
