@@ -1,4 +1,4 @@
-"""LLM.int8()'s product (arXiv 2208.07339): int8 for most columns of the activations, their own dtype for the few with outliers.
+"""LLM.int8()'s product (arXiv 2208.07339): int8 for most columns of the activations, more bits for the few with outliers.
 
 How many columns those are, only the values say. So the product is one operator to the compiler, ``q_nn::mixed_product``, whose shapes
 depend on no value; inside, the columns are gathered. The operator isn't part of q-core's surface: it is made of that surface's ops, and
@@ -35,8 +35,8 @@ def rounded_product(
 ) -> Tensor:
     """Quantize the rows of ``x`` to int8 and multiply them with an int8 weight; no gradient.
 
-    Columns of ``x`` with any ``|x| >= threshold`` are multiplied in x's dtype instead. The sum has up to three roundings to that dtype:
-    the int8 part's, the decoded columns', its own.
+    Columns of ``x`` with any ``|x| >= threshold`` are left out of that and multiplied in float32, or with 16 bits an element where that is
+    faster. The sum is rounded once.
 
     Args:
         x_TK: float32, bfloat16 or float16 [..., K].
@@ -51,17 +51,14 @@ def rounded_product(
         Tensor [..., N] of x's dtype.
     """
     if not threshold:
-        return _int8_part(x_TK, codes_NK, absmax, bias, threshold, layout)[0]
+        return _int8_product(x_TK, codes_NK, absmax, bias, threshold, layout)
     product: Tensor = torch.ops.q_nn.mixed_product(x_TK, codes_NK, absmax, bias, w_NK, threshold, layout)
     return product
 
 
-def _int8_part(
-    x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, layout: str
-) -> tuple[Tensor, Tensor]:
-    """The product without the outliers' columns, and which they are: bool [K]."""
-    q_TK, row_absmax, outliers = ops.quantize_int8_rowwise(x_TK, threshold=threshold)
-    return ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, dtype=x_TK.dtype, layout=layout), outliers
+def _int8_product(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, layout: str) -> Tensor:
+    q_TK, row_absmax, _ = ops.quantize_int8_rowwise(x_TK, threshold=threshold)
+    return ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, dtype=x_TK.dtype, layout=layout)
 
 
 @torch.library.impl(_LIBRARY, "mixed_product", "CompositeExplicitAutograd")
@@ -74,29 +71,33 @@ def _mixed_product(
     threshold: float,
     layout: str,
 ) -> Tensor:
-    out_TN, outliers = _int8_part(x_TK, codes_NK, absmax, bias, threshold, layout)
+    q_TK, row_absmax, outliers = ops.quantize_int8_rowwise(x_TK, threshold=threshold)
     columns = outliers.nonzero().view(-1)  # the one moment at which a device is waited for
-    C, K = columns.numel(), outliers.numel()
+    C, T, K, N = columns.numel(), row_absmax.numel(), x_TK.shape[-1], codes_NK.shape[0]
     if not C:
-        return out_TN
-    rows_TK = x_TK.reshape(x_TK.shape[:-1].numel(), K)
-    if w_NK is not None:
-        w_NC = w_NK.index_select(1, columns)
-    elif layout == CANONICAL and _is_few(C, len(rows_TK), K):
-        w_NC = codes_NK.index_select(1, columns).float() * (absmax / 127).unsqueeze(1)
+        return ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, dtype=x_TK.dtype, layout=layout)
+    q_TK, row_absmax, rows_TK = q_TK.view(T, K), row_absmax.view(T), x_TK.reshape(T, K)
+    # Of 4096 × 4096 weights on one core (q-cpu 0.1) a column takes 40…60 µs to gather, a row 40…80 µs to multiply, but the first three 500.
+    if w_NK is None and (layout != CANONICAL or T == 1 or C > 2 * T + 8):
+        scaled = [(q_TK, row_absmax), *_two_digits(rows_TK.float().masked_fill(~outliers, 0))]
+        q_RK, scales = (torch.cat(parts) for parts in zip(*scaled, strict=True))
+        out_TN = ops.int8_gemm(q_RK, codes_NK, scales, absmax, layout=layout).view(3, T, N).sum(0)
+        if bias is not None:
+            out_TN += bias
     else:
-        return out_TN.add_(ops.gemm_int8_weight(x_TK.masked_fill(~outliers, 0), codes_NK, absmax, layout=layout))
-    x_TC = rows_TK.index_select(1, columns)
-    out_TN.view(len(rows_TK), w_NC.shape[0]).addmm_(x_TC, w_NC.to(x_TC.dtype).T)
-    return out_TN
+        w_NC = (codes_NK if w_NK is None else w_NK).gather(1, columns.expand(N, C)).float()
+        if w_NK is None:
+            w_NC *= (absmax / 127).unsqueeze(1)
+        out_TN = ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, layout=layout)
+        out_TN.addmm_(rows_TK.index_select(1, columns).float(), w_NC.T)
+    return out_TN.to(x_TK.dtype).view(*x_TK.shape[:-1], N)
 
 
-def _is_few(C: int, T: int, K: int) -> bool:
-    """Whether gathering and decoding C columns costs less than a whole product with an int8 weight.
-
-    On one core, with 4096 × 4096 weights (q-cpu 0.1): 14 µs a column, and 390 µs + 84 µs a token.
-    """
-    return C * 640 <= K * (T + 4)
+def _two_digits(x_TK: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales whose sum is ``x`` to 1/64,516 of each row's absmax: its int8 rows, and those of what they miss."""
+    high_TK, high, _ = ops.quantize_int8_rowwise(x_TK)
+    low_TK, low, _ = ops.quantize_int8_rowwise(x_TK - high_TK * (high / 127).unsqueeze(1))
+    return [(high_TK, high), (low_TK, low)]
 
 
 def _fake_mixed_product(
@@ -108,7 +109,7 @@ def _fake_mixed_product(
     threshold: float,
     layout: str,
 ) -> Tensor:
-    return _int8_part(x_TK, codes_NK, absmax, bias, threshold, layout)[0]
+    return _int8_product(x_TK, codes_NK, absmax, bias, threshold, layout)
 
 
 def _no_gradient(ctx: Any, *gradients: Tensor) -> NoReturn:
