@@ -9,8 +9,8 @@ from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
 from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
 from q_nn.experts import QuantizedExperts
-from q_nn.linear import Linear8bitLt
 from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_int8 import LinearInt8
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora

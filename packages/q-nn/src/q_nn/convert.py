@@ -14,7 +14,7 @@ from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn import experts
 from q_nn.embedding import check_embedding
 from q_nn.layers import around, embedding_around
-from q_nn.linear import Linear8bitLt
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_int8 import LinearInt8
 from q_nn.rules import QRule
 

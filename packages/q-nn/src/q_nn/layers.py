@@ -9,8 +9,9 @@ from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, QuantizedEmbedding
-from q_nn.linear import Linear8bitLt, QuantizedLinear
+from q_nn.linear import QuantizedLinear
 from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
 
 _FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": LinearFP4}
 
