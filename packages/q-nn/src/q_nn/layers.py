@@ -32,13 +32,12 @@ def around(linear: nn.Linear, weight: QuantizedTensor) -> QuantizedLinear:
 
 
 def embedding_around(embedding: nn.Embedding, weight: QuantizedTensor) -> QuantizedEmbedding:
-    """An embedding for the weight's format with the rest of ``embedding``."""
-    format = weight.format
-    if isinstance(format, FourBit):
-        return _FOUR_BIT_EMBEDDINGS.get(format.quant_type, Embedding4bit)._around(embedding, weight)
-    if isinstance(format, Int8Rows):
+    """An embedding for the table's format with the rest of ``embedding``, which passed :func:`q_nn.embedding.check_embedding`."""
+    if isinstance(weight.format, FourBit):
+        return _FOUR_BIT_EMBEDDINGS.get(weight.format.quant_type, Embedding4bit)._around(embedding, weight)
+    if isinstance(weight.format, Int8Rows):
         return Embedding8bit._around(embedding, weight)
-    raise TypeError(f"q_nn has no embedding for {format}")
+    raise TypeError(f"q_nn has no embedding for {weight.format}")
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -177,6 +177,7 @@ def _read_int8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> Fla
 def _read_fp8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> FlatWeight:
     codes = state[key]
     absmax = _take(state, f"{key}.absmax", torch.float32, _rows_of(key, codes))
+    _check_finite(f"{key}.absmax", absmax)
     return FlatWeight({"codes": codes, "absmax": absmax}, Fp8Rows(), codes.shape, dtype)
 
 
