@@ -142,7 +142,7 @@ def test_adapters_merge_into_a_prepacked_layer(make: Callable[[], nn.Linear]) ->
     for layout in (CANONICAL, LAYOUT):
         torch.manual_seed(0)
         model = nn.Sequential(LoRALinear(copy.deepcopy(base), LoRAConfig(rank=2)))
-        nn.init.normal_(model[0].lora_B.weight)
+        nn.init.normal_(model[0].adapters["default"].lora_B.weight)
         if layout == LAYOUT:
             prepack(model)
         merge_lora(model)

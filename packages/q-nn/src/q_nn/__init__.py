@@ -7,7 +7,20 @@ from q_nn.config import QConfig
 from q_nn.data_parallel import prepare_ddp
 from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from q_nn.load import load_into
-from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
+from q_nn.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    disable_lora,
+    enable_lora,
+    load_lora,
+    lora_adapters,
+    merge_lora,
+    remove_lora,
+    save_lora,
+    set_lora,
+    unmerge_lora,
+)
 from q_nn.memory import weight_bytes
 from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
 from q_nn.replace import replace_linears
@@ -33,12 +46,20 @@ __all__ = [
     "QuantizedTensor",
     "StableEmbedding",
     "add_lora",
+    "disable_lora",
+    "enable_lora",
     "load_into",
+    "load_lora",
+    "lora_adapters",
     "merge_lora",
     "prepare",
     "prepare_ddp",
     "quantize",
+    "remove_lora",
     "replace_linears",
+    "save_lora",
     "save_pretrained",
+    "set_lora",
+    "unmerge_lora",
     "weight_bytes",
 ]
