@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from q_nn import LoRALinear
 
+torch.set_num_threads(1)  # the models are tiny
+
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from q_nn import (
     add_lora,
     disable_lora,
     enable_lora,
+    load_into,
     lora_adapters,
     merge_lora,
     quantize,
     remove_lora,
+    replace_linears,
     save_pretrained,
     set_lora,
     unmerge_lora,
@@ -149,6 +152,21 @@ def test_what_is_tied_or_quantized_is_refused(make_llama: MakeLlama) -> None:
     quantize(model, QConfig())
     with pytest.raises(ValueError, match=r"q_proj, which is quantized and so doesn't train"):
         add_lora(model, LoRAConfig(modules_to_save=("q_proj",)))
+
+
+def test_what_takes_bare_models_refuses_adapted_ones(make_llama: MakeLlama, tmp_path: Path) -> None:
+    model = make_llama()
+    save_pretrained(model, tmp_path)
+    add_lora(model, LoRAConfig())
+    before = snapshot(model)
+    for call, message in (
+        (lambda: quantize(model, QConfig()), r"quantize: model\.layers\.0\.self_attn\.q_proj has adapters"),
+        (lambda: replace_linears(model, {"load_in_4bit": True}), r"replace_linears: .*has adapters"),
+        (lambda: load_into(model, tmp_path), r"load_into: missing keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +375,7 @@ def test_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format: Any, dora
 
 @pytest.mark.parametrize("dense", [False, True])
 @formats
-def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format: Any, dense: bool, tmp_path: Any) -> None:
+def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format: Any, dense: bool, tmp_path: Path) -> None:
     model = make_llama()
     if format:
         quantize(model, QConfig(format))
@@ -381,7 +399,10 @@ def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format
     assert all(torch.equal(tensor, unmerged["state"][name]) for name, tensor in state.items())
     assert torch.equal(outputs(copy.deepcopy(model), ids), expected)
     merged_twin = copy.deepcopy(model).bfloat16()
-    assert next(module for module in merged_twin.modules() if isinstance(module, LoRALinear)).merged_layer.weight.dtype == torch.bfloat16
+    assert (
+        next(module for module in merged_twin.modules() if isinstance(module, LoRALinear)).merged_layer.weight.dtype
+        == torch.bfloat16
+    )
 
     for call, message in (
         (lambda: merge_lora(model), "merged already"),
@@ -451,12 +472,24 @@ def test_nothing_is_merged_if_a_weight_would_not_be_finite(fill: Fill) -> None:
         assert_unchanged(model, before)
 
 
-def test_a_quantized_layer_without_backends_of_its_own(fill: Fill) -> None:
-    """Shapes whose blocks straddle rows."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_rows_that_are_no_blocks_and_plain_layers_with_quantized_weights(plain: bool, fill: Fill) -> None:
     model = nn.Sequential(Linear4bit(33, 7))
+    if plain:
+        layer = nn.Linear(33, 7)
+        layer.weight, layer.bias = model[0].weight, model[0].bias
+        model = nn.Sequential(layer)
     add_lora(model, LoRAConfig(rank=2, dora=True))
     fill(model)
     x = torch.randn(3, 33)
     expected = model(x)
+    again = copy.deepcopy(model)
+    merge_lora(again, reversible=True)
+    merged = again(x)
+    assert isinstance(again[0].merged_layer.weight, QuantizedTensor)
+    unmerge_lora(again)
+    assert torch.equal(again(x), expected)
+    merge_lora(again)
+    assert torch.equal(again(x), merged)
     merge_lora(model, dense=True)
     torch.testing.assert_close(model(x), expected)

@@ -90,7 +90,7 @@ def test_ours_loads_in_peft(make_llama: MakeLlama, ids: Tensor, kind: str, tmp_p
     save_lora(model, tmp_path)
     theirs = PeftModel.from_pretrained(make_llama(), tmp_path)
     ours, base = logits(model, ids), logits(make_llama(), ids)
-    assert (ours - base).abs().max() > 0.05
+    assert (ours - base).abs().max() > 0.01
     torch.testing.assert_close(logits(theirs, ids), ours, rtol=1e-5, atol=1e-5)
     merge_lora(model)
     torch.testing.assert_close(logits(model, ids), logits(theirs.merge_and_unload(), ids), rtol=1e-5, atol=1e-5)
@@ -104,13 +104,16 @@ def test_ours_loads_in_peft(make_llama: MakeLlama, ids: Tensor, kind: str, tmp_p
 
 @kinds
 def test_pefts_loads_here(make_llama: MakeLlama, ids: Tensor, kind: str, tmp_path: Path) -> None:
-    theirs = get_peft_model(make_llama(), to_peft(KINDS[kind]))
+    settings = KINDS[kind]
+    if kind == "patterns":  # PEFT sorts them as it saves, so that where two match it doesn't know its own adapter again
+        settings = settings | {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp.*": 5}}
+    theirs = get_peft_model(make_llama(), to_peft(settings))
     fill_peft(theirs)
     theirs.save_pretrained(tmp_path)
     model = make_llama()
     base = logits(model, ids)
     parameters = load_lora(model, tmp_path, trainable=True)
-    assert (logits(model, ids) - base).abs().max() > 0.05
+    assert (logits(model, ids) - base).abs().max() > 0.01
     torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
 
@@ -181,9 +184,7 @@ def test_over_a_quantized_base(make_llama: MakeLlama, ids: Tensor, fill: Fill, f
     with torch.no_grad():
         for name in names:
             dense.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(dense, tmp_path), ids), logits(model, ids), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(dense, tmp_path), ids), logits(model, ids), rtol=1e-4, atol=1e-4)
     again = make_llama()
     quantize(again, QConfig(format))
     load_lora(again, tmp_path)
@@ -315,7 +316,7 @@ def test_it_loads_unless_changed(folder: Path) -> None:
         ({"use_dora": False}, "unexpected keys: .*lora_magnitude_vector"),
         ({"use_dora": 1}, "dora is 1"),
         ({"modules_to_save": ["2"]}, "missing keys: base_model.model.2.bias, base_model.model.2.weight"),
-        ({"layers_to_transform": [0]}, "layers is given|layers"),
+        ({"layers_to_transform": [0], "target_modules": "0|2"}, "layers is given and target is"),
     ],
     ids=str,
 )
@@ -355,7 +356,10 @@ A, B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"
         (lambda t: t.pop(A), rf"missing keys: {A}; unexpected keys: none"),
         (lambda t: t.update(more=torch.zeros(1)), "missing keys: none; unexpected keys: more"),
         (lambda t: t.update({A: torch.zeros(2, 15)}), r"has shape \[2, 15\], expected \[2, 16\]"),
-        (lambda t: t.update({A: torch.zeros(3, 16), B: torch.zeros(8, 3)}), r"has shape \[3, 16\], expected \[2, 16\] by adapter_conf"),
+        (
+            lambda t: t.update({A: torch.zeros(3, 16), B: torch.zeros(8, 3)}),
+            r"has shape \[3, 16\], expected \[2, 16\] by adapter_conf",
+        ),
         (lambda t: t.update({A: torch.zeros(2, 16, dtype=torch.int8)}), "has dtype int8, expected floating point"),
         (lambda t: t.update({A: torch.full((2, 16), float("nan"))}), "NaN or infinite"),
     ],

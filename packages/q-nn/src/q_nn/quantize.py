@@ -13,6 +13,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn.config import DEFAULT_SKIP, QConfig
 from q_nn.layers import around, replace_module
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.memory import tensor_bytes, weight_bytes
 from q_nn.patterns import matching
 from q_nn.sharded import refuse_sharded
@@ -84,11 +85,12 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
     Raises:
         ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
-            a pattern of ``config.skip`` means nothing, or the model is sharded; the message names it, and nothing is changed.
+            a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")
     refuse_sharded("quantize", model, "quantize before fully_shard")
+    refuse_adapted("quantize", model)
     _check_skip(model, config)
     chosen, kept = _plan(model, config)
     _check_weights(chosen)

@@ -42,3 +42,15 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """The places by name."""
     return {name: module for name, module in outer_modules(model) if isinstance(module, Adapted)}
+
+
+def refuse_adapted(operation: str, model: nn.Module) -> None:
+    """Raise if a model has adapters, whose own small layers would be taken for the model's.
+
+    Raises:
+        ValueError: it has; the message names one.
+    """
+    if places := adapted_modules(model):
+        raise ValueError(
+            f"{operation}: {next(iter(places))} has adapters, expected a bare model; do it before add_lora, or merge_lora or remove_lora them"
+        )

@@ -54,11 +54,11 @@ class Adapter(nn.Module):
         update: Tensor = self.lora_B(self.lora_A(dropped)) * self.scaling
         if self.lora_magnitude_vector is None:
             return output + update
+        factor = self.factor(base.weight)
         # The factor applies to what the weight gives, not to the bias, and while training to what it gives of the dropped input.
         product: Tensor = base(dropped.to(input.dtype)) if self.training and self.config.dropout else output
         if base.bias is not None:
             product = product - base.bias
-        factor = self.factor(base.weight)
         return output + (factor - 1) * product + factor * update
 
     def applied_to(self, weight: Tensor, dense: Tensor) -> Tensor:

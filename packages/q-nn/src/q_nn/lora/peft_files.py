@@ -188,7 +188,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Not sorted: of the patterns for ranks and alphas the first that matches counts.
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _some(keys: list[str]) -> str:
