@@ -483,7 +483,7 @@ def test_rows_that_are_no_blocks_and_plain_layers_with_quantized_weights(plain: 
     fill(model)
     x = torch.randn(3, 33)
     expected = model(x)
-    again = copy.deepcopy(model)
+    again = copy.deepcopy(model).eval()
     merge_lora(again, reversible=True)
     merged = again(x)
     assert isinstance(again[0].merged_layer.weight, QuantizedTensor)

@@ -57,15 +57,15 @@ class Adapters(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"_lora: "):
                 call()
 
-    @rule(name=NAMES, target=st.sampled_from([("0",), ("1",), ("0", "1")]), dora=st.booleans(), saved=st.booleans())
-    def add(self, name: str, target: tuple[str, ...], dora: bool, saved: bool) -> None:
+    @rule(name=NAMES, where=st.sampled_from([("0",), ("1",), ("0", "1")]), dora=st.booleans(), saved=st.booleans())
+    def add(self, name: str, where: tuple[str, ...], dora: bool, saved: bool) -> None:
         allowed = name not in self.known and not self.merged
-        config = LoRAConfig(rank=2, target=target, dora=dora, modules_to_save=("2",) if saved else ())
+        config = LoRAConfig(rank=2, target=where, dora=dora, modules_to_save=("2",) if saved else ())
         self.attempt(allowed, lambda: add_lora(self.model, config, name=name))
         if not allowed:
             return
         self.known[name], self.active, self.enabled = {}, [name], True
-        for index in map(int, target):
+        for index in map(int, where):
             adapter = self.model[index].adapters[name]
             nn.init.normal_(adapter.lora_B.weight)
             lengths = None

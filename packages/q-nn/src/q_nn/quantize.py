@@ -85,7 +85,8 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
     Raises:
         ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
-            a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and nothing is changed.
+            a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and
+            nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")

@@ -10,8 +10,8 @@ from torch import nn
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
-from q_nn.lora.adapted import refuse_adapted
 from q_nn.linear import Linear8bitLt
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.patterns import matching
 from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters

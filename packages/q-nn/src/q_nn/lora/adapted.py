@@ -52,5 +52,6 @@ def refuse_adapted(operation: str, model: nn.Module) -> None:
     """
     if places := adapted_modules(model):
         raise ValueError(
-            f"{operation}: {next(iter(places))} has adapters, expected a bare model; do it before add_lora, or merge_lora or remove_lora them"
+            f"{operation}: {next(iter(places))} has adapters, expected a bare model; "
+            "do it before add_lora, or merge_lora or remove_lora first"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.layouts import CANONICAL
 from q_nn.lora.adapted import Adapted
 from q_nn.lora.adapter import Adapter, decoded
 from q_nn.lora.config import LoRAConfig
@@ -144,11 +145,15 @@ class LoRALinear(Adapted):
             ValueError: the layer is sharded.
         """
         refuse_sharded("LoRALinear.merge", self, MERGE_WHOLE)
-        base, merged = self.base_layer, self.merged_weight().to(self.base_layer.weight.dtype)
-        if dense and isinstance(base.weight, QuantizedTensor):
+        base, weight = self.base_layer, self.base_layer.weight
+        merged = self.merged_weight().to(weight.dtype)
+        if isinstance(weight, QuantizedTensor) and dense:
             layer = _dense_layer(base, merged)
+        elif isinstance(weight, QuantizedTensor):
+            quantized = QuantizedTensor.quantize(merged, weight.format)
+            layer = _twin(base, quantized if weight.component_layout == CANONICAL else quantized.prepack(weight.component_layout))
         else:
-            layer = _twin(base, torch.empty_like(base.weight).copy_(merged))
+            layer = _twin(base, merged)
         self.merged_layer = _unsaved(layer).train(self.training)
 
     def unmerge(self) -> None:
