@@ -13,7 +13,20 @@ from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_int8 import LinearInt8
 from q_nn.load import load_into
-from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
+from q_nn.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    disable_lora,
+    enable_lora,
+    load_lora,
+    lora_adapters,
+    merge_lora,
+    remove_lora,
+    save_lora,
+    set_lora,
+    unmerge_lora,
+)
 from q_nn.memory import weight_bytes
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.quantize import quantize
@@ -52,14 +65,22 @@ __all__ = [
     "QuantizedTensor",
     "StableEmbedding",
     "add_lora",
+    "disable_lora",
+    "enable_lora",
     "load_into",
+    "load_lora",
+    "lora_adapters",
     "merge_lora",
     "plan_quantization",
     "prepare",
     "prepare_ddp",
     "quantize",
     "quantize_module",
+    "remove_lora",
     "replace_linears",
+    "save_lora",
     "save_pretrained",
+    "set_lora",
+    "unmerge_lora",
     "weight_bytes",
 ]
