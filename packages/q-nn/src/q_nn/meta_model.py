@@ -35,7 +35,7 @@ def meta_model(source: Path, dtype: torch.dtype | None = None) -> Any:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.dtype = dtype or _dtype(path, description)
         with torch.device("meta"):
-            model = _architecture(transformers, path, description)._from_config(config)
+            model = _build(transformers, config, description.get("architectures"))
     except Exception as error:  # each model's own code raises what it likes for a config that makes no sense
         raise ValueError(f"{path} describes no model that transformers can build: {error}") from error
     model.tie_weights()
@@ -50,14 +50,16 @@ def _transformers() -> Any:
     return transformers
 
 
-def _architecture(transformers: Any, path: Path, description: dict[str, Any]) -> Any:
-    names = description.get("architectures") or []
-    if not names:
-        return transformers.AutoModelForCausalLM
-    found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+def _build(transformers: Any, config: Any, architectures: object) -> Any:
+    if not architectures:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    name = architectures[0] if isinstance(architectures, list) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"architectures is {json.dumps(names)}, expected a model class of transformers {transformers.__version__}")
-    return found
+        raise ValueError(
+            f"architectures is {json.dumps(architectures)}, expected a model class of transformers {transformers.__version__}"
+        )
+    return found._from_config(config)
 
 
 def _dtype(path: Path, description: dict[str, Any]) -> torch.dtype:
