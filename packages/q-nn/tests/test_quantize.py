@@ -113,7 +113,7 @@ def test_models_that_cannot_be_quantized() -> None:
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"format": "int4"}, ValueError),
+        ({"format": "int5"}, ValueError),
         ({"blocksize": 100}, ValueError),
         ({"format": "int8", "blocksize": 128}, ValueError),
         ({"double_quant": 1}, TypeError),

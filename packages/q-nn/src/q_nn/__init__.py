@@ -1,6 +1,7 @@
 """Quantized modules, fine-tuning and checkpoints."""
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
@@ -11,6 +12,7 @@ from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes
 from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
 from q_nn.replace import replace_linears
+from q_nn.rules import QRule
 from q_nn.save import save_pretrained
 from q_nn.stable_embedding import StableEmbedding
 from q_nn.state_hooks import prepare
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FourBit",
+    "Fp8Rows",
     "Int8Rows",
     "KeptParameter",
     "Linear4bit",
@@ -28,6 +31,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "QConfig",
+    "QRule",
     "QuantizeReport",
     "QuantizedLayer",
     "QuantizedTensor",
