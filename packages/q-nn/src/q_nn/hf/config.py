@@ -51,5 +51,5 @@ def described(model: PreTrainedModel) -> TheirBitsAndBytesConfig | QConfig | Non
     if description is None:
         return None
     if description["quant_method"] == QUANT_METHOD:
-        return QConfig.from_dict({key: value for key, value in description.items() if key != "quant_method"})
+        return QConfig.from_dict(description)
     return TheirBitsAndBytesConfig.from_dict(description)

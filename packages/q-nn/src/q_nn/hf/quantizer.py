@@ -192,5 +192,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def _makes_any(conversion: WeightConverter, names: list[str]) -> bool:
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in conversion.reverse_transform().source_patterns]
+    if any(isinstance(operation, Assemble) for operation in conversion.operations):
+        return True
+    patterns = [re.compile(pattern.replace("*", ".*").replace(r"\1", ".*")) for pattern in conversion.target_patterns]
     return any(pattern.search(name) for pattern in patterns for name in names)

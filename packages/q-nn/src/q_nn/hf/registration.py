@@ -25,10 +25,7 @@ class ConfigReader(QuantizationConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError, TypeError: a key is unknown, or a value isn't supported; the message names it.
         """
-        settings = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        if Served.KEY in settings:
-            return Served.from_dict(settings)
-        return QConfig.from_dict(settings)
+        return Served.from_dict(config_dict) if Served.KEY in config_dict else QConfig.from_dict(config_dict)
 
 
 def register() -> None:
