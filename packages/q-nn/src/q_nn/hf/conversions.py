@@ -37,8 +37,8 @@ class Quantize(_Operation):
         return {name: self._parameter(name, _single(name, value)) for name, value in input_dict.items()}
 
     def _parameter(self, name: str, dense: Tensor) -> Tensor:
-        planned = self.plan.parameters.get(name)
-        return dense if planned is None else quantized_parameter(dense, planned)
+        format = self.plan.formats.get(name)
+        return dense if format is None else nn.Parameter(QuantizedTensor.quantize(dense, format), requires_grad=False)
 
 
 class Assemble(_Operation):
@@ -58,20 +58,19 @@ class Assemble(_Operation):
         assert target == f".{own}"
         plain = state.get(full_layer_name) if len(state) == 1 else None
         if plain is not None and plain.is_floating_point():
+            if full_layer_name in self.plan.formats:
+                raise ValueError(f"{full_layer_name} is {plain.dtype}, but config.json says that it is quantized")
             return {target: plain.to(self.dtype)}
         loaded = from_flat(full_layer_name, state, dtype=self.dtype)
+        if full_layer_name not in self.plan.formats:
+            raise ValueError(f"{full_layer_name} is held as {loaded.format}, but config.json doesn't say that it is quantized")
         return {target: nn.Parameter(loaded if self.dtype is None else loaded.to(self.dtype), requires_grad=False)}
 
 
 def assembling_converters(plan: Plan) -> list[WeightConverter]:
     """Converters that find the parts of quantized parameters in a checkpoint, one for each name that such parameters have."""
-    names = sorted({name.rpartition(".")[2] for name in plan.parameters})
+    names = sorted({name.rpartition(".")[2] for name in plan.formats})
     return [WeightConverter([_pattern(part) for part in _parts(name)], f".{name}", [Assemble(plan)]) for name in names]
-
-
-def quantized_parameter(dense: Tensor, planned: QuantizedTensor) -> nn.Parameter:
-    """A dense tensor as the plan wants it."""
-    return nn.Parameter(QuantizedTensor.quantize(dense, planned.format), requires_grad=False)
 
 
 def _parts(name: str) -> Iterable[str]:

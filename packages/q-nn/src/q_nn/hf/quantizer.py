@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig as TheirBitsAndBytesConfig
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightTransform
 from transformers.quantizers import HfQuantizer
 
 from q_core.formats.four_bit import FourBit
@@ -29,7 +31,6 @@ from q_nn.hf.hooks import move_hook
 from q_nn.hf.plan import Plan, plan
 from q_nn.hf.config import Served, described
 from q_nn.hf_config import BitsAndBytesConfig
-from q_nn.layers import replace_module
 from q_nn.state_hooks import accepts
 
 _log = logging.getLogger("q")
@@ -80,14 +81,14 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        return param_name in self.plan.parameters
+        return param_name in self.plan.formats
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes an element, by which ``device_map="auto"`` shares a model out."""
-        planned = self.plan.parameters.get(param_name)
-        if planned is None or not planned.numel():
+        format = self.plan.formats.get(param_name)
+        if format is None or not param.numel():
             return float(super().param_element_size(model, param_name, param))
-        return planned.stored_bytes / planned.numel()
+        return sum(component.nbytes for component in format.empty(param.shape, "meta").values()) / param.numel()
 
     def is_serializable(self) -> bool:
         return True
@@ -121,48 +122,27 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Put the planned modules, with the loaded parameters, in their places."""
-        left_dense = []
-        formats = []
-        for name, new in self.plan.modules.items():
+        """Put quantized modules in the places of the planned ones."""
+        dense = []
+        future: dict[int, nn.Module] = {}
+        for name, planned in self.plan.modules.items():
             old = model.get_submodule(name)
-            own = {k: p for k, p in new._parameters.items() if isinstance(p, QuantizedTensor)}
-            loaded = {key: old._parameters[key] for key in own}
-            if not all(isinstance(parameter, QuantizedTensor) for parameter in loaded.values()):
-                left_dense.append(name)
+            weights = {own: parameter for own in planned.formats if isinstance(parameter := old._parameters[own], QuantizedTensor)}
+            if len(weights) < len(planned.formats):
+                dense.append(name)
                 continue
-            for key, parameter in loaded.items():
-                assert isinstance(parameter, QuantizedTensor)
-                if not accepts(new, parameter.format):
+            new = planned.build(old, weights)
+            for own, weight in weights.items():
+                if not accepts(new, weight.format):
                     raise ValueError(
-                        f"from_pretrained: {name}.{key} is held as {parameter.format}, expected what {type(new).__name__} takes"
+                        f"from_pretrained: {name}.{own} is held as {weight.format}, expected what {type(new).__name__} takes"
                     )
-                formats.append(parameter.format)
-            _take_over(old, new)
-            replace_module(model, old, new)
-            move_hook(old, new)
-        if left_dense:
-            _log.warning("from_pretrained: %s not in the checkpoint, so newly initialized and not quantized", ", ".join(left_dense))
-        self._check_nothing_else(model)
-        four_bit = any(isinstance(format, FourBit) for format in formats)
-        model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, bool(formats) and not four_bit  # for PEFT and accelerate
-        self._keep_merged(model)
-        model.config.quantization_config = described(model)
+            future[id(old)] = new
+        if dense:
+            _log.warning("from_pretrained: not in the checkpoint, so newly initialized and not quantized: %s", ", ".join(dense))
+        _replace(model, future)
+        mark(model)
         return model
-
-    def _check_nothing_else(self, model: PreTrainedModel) -> None:
-        for name, module in model.named_modules():
-            if name not in self.plan.modules and any(isinstance(p, QuantizedTensor) for p in module._parameters.values()):
-                raise ValueError(f"from_pretrained: the checkpoint holds {name} quantized, but config.json doesn't say so of it")
-
-    def _keep_merged(self, model: PreTrainedModel) -> None:
-        """Drop the conversions that saving would undo: they cut and join dense tensors, and these are none any more."""
-        quantized = [name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedTensor)]
-        model._weight_conversions = [
-            conversion
-            for conversion in model._weight_conversions
-            if not isinstance(conversion, WeightConverter) or not _makes_any(conversion, quantized)
-        ]
 
     # --- saving, and going back -------------------------------------------------------------------------------------------
 
@@ -174,21 +154,41 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """``model.dequantize()``: dense layers, as the quantized ones decode."""
-        for module in list(model.modules()):
-            if any(isinstance(parameter, QuantizedTensor) for parameter in module._parameters.values()):
-                dense = dense_module(module, dtype)
-                replace_module(model, module, dense)
-                move_hook(module, dense)
+        holds = (module for module in model.modules() if any(isinstance(p, QuantizedTensor) for p in module._parameters.values()))
+        _replace(model, {id(module): dense_module(module, dtype) for module in holds})
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         return model
 
 
-def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Move what was loaded into ``old`` to ``new``, which has the same names for it."""
-    new._parameters.update(old._parameters)
-    new._buffers.update(old._buffers)
-    new.train(old.training)
-    new._is_hf_initialized = True  # type: ignore[assignment]
+def _replace(model: nn.Module, future: Mapping[int, nn.Module]) -> None:
+    """Put modules in the places of others, by the others' ``id``, under all names they have."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in future:
+                new = future[id(child)]
+                move_hook(child, new)
+                setattr(parent, name, new)
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Tell transformers, PEFT and accelerate that a model is quantized, as they look for it.
+
+    Conversions that saving would undo are dropped where they make quantized parameters: they cut and join dense tensors.
+    """
+    formats = [parameter.format for parameter in model.parameters() if isinstance(parameter, QuantizedTensor)]
+    four_bit = any(isinstance(format, FourBit) for format in formats)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, bool(formats) and not four_bit
+    quantized = [name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedTensor)]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # the model wasn't loaded
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not isinstance(conversion, WeightConverter) or not _makes_any(conversion, quantized)
+    ]
+    model.config.quantization_config = described(model)
 
 
 def _makes_any(conversion: WeightConverter, names: list[str]) -> bool:
