@@ -92,7 +92,7 @@ def _held(name: str, module: nn.Module, format: WeightFormat) -> _Held:
         return _Held(format.quant_type, format.blocksize, nested)
     if isinstance(format, Int8Rows):
         rounds = isinstance(module, Linear8bitLt)
-        return _Held("int8", threshold=module.threshold) if rounds else _Held("int8_weight_only")
+        return _Held("int8", threshold=getattr(module, "threshold", 0.0)) if rounds else _Held("int8_weight_only")
     if isinstance(format, Fp8Rows):
         return _Held("fp8")
     raise ValueError(f"save: {name} is held as {format}, which q_nn.QConfig has no word for")

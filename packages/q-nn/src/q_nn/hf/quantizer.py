@@ -132,6 +132,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
                 dense.append(name)
                 continue
             new = planned.build(old, weights)
+            new._parameters.update(weights)  # the very parameters, so that what is tied stays so
             for own, weight in weights.items():
                 if not accepts(new, weight.format):
                     raise ValueError(
