@@ -10,12 +10,13 @@ from __future__ import annotations
 try:
     import transformers as _transformers
 except ImportError as error:
-    raise ImportError("q_nn.hf needs transformers 5: pip install 'q-nn[hf]'") from error
+    raise ImportError("q_nn.hf needs transformers, 5.23 or later: pip install 'q-nn[hf]'") from error
 
+from q_nn.hf.adopting import adopt
 from q_nn.hf.loading import from_pretrained
 from q_nn.hf.registration import register, serve_bitsandbytes
 
 del _transformers
 register()
 
-__all__ = ["from_pretrained", "register", "serve_bitsandbytes"]
+__all__ = ["adopt", "from_pretrained", "register", "serve_bitsandbytes"]
