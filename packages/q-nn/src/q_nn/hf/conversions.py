@@ -38,13 +38,16 @@ class Quantize(ConversionOps):  # type: ignore[misc]
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def convert(self, input_dict: Tensors, *_: Any, **__: Any) -> Tensors:
+    def convert(self, input_dict: Tensors, *_: Any, model: nn.Module, **__: Any) -> Tensors:
         """Parameters by name, of dense tensors by name."""
-        return {name: self._parameter(name, _single(name, value)) for name, value in input_dict.items()}
+        return {name: self._parameter(name, _single(name, value), model) for name, value in input_dict.items()}
 
-    def _parameter(self, name: str, dense: Tensor) -> Tensor:
+    def _parameter(self, name: str, dense: Tensor, model: nn.Module) -> Tensor:
         format = self.plan.formats.get(name)
-        return dense if format is None else nn.Parameter(QuantizedTensor.quantize(dense, format), requires_grad=False)
+        if format is None:
+            return dense
+        _check_shape(name, dense, model)
+        return nn.Parameter(QuantizedTensor.quantize(dense, format), requires_grad=False)
 
 
 class Assemble(ConversionOps):  # type: ignore[misc]
@@ -65,7 +68,9 @@ class Assemble(ConversionOps):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> Assemble:
         return Assemble(self.plan, self.parts)  # the loader copies it once a parameter
 
-    def convert(self, input_dict: Tensors, *_: Any, full_layer_name: str, target_patterns: list[str], **__: Any) -> Tensors:
+    def convert(
+        self, input_dict: Tensors, *_: Any, full_layer_name: str, target_patterns: list[str], model: nn.Module, **__: Any
+    ) -> Tensors:
         """One parameter by the end of its name, of tensors by the patterns of their keys."""
         (target,) = target_patterns
         prefix = full_layer_name.removesuffix(target)
@@ -79,6 +84,7 @@ class Assemble(ConversionOps):  # type: ignore[misc]
         loaded = from_flat(full_layer_name, state, dtype=self.dtype)
         if not planned:
             raise ValueError(f"{full_layer_name} is held as {loaded.format}, but config.json doesn't say that it is quantized")
+        _check_shape(full_layer_name, loaded, model)
         return {target: nn.Parameter(loaded if self.dtype is None else loaded.to(self.dtype), requires_grad=False)}
 
 
@@ -102,6 +108,13 @@ def _keys(key: str) -> list[str]:
     for format in FORMATS:
         keys.update(dict.fromkeys(to_flat(key, QuantizedTensor.empty((2, 64), format, dtype=torch.float32, device="meta"))))
     return list(keys)
+
+
+def _check_shape(name: str, tensor: Tensor, model: nn.Module) -> None:
+    """Refuse what isn't of the model's shape; of quantized parameters the loader doesn't look at it."""
+    expected = model.get_parameter(name).shape
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
 
 
 def _single(name: str, value: Tensor | list[Tensor]) -> Tensor:

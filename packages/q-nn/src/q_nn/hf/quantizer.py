@@ -33,6 +33,8 @@ from q_nn.hf.config import Served, described
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.state_hooks import accepts
 
+_CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
+
 _log = logging.getLogger("q")
 
 
@@ -142,6 +144,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         if dense:
             _log.warning("from_pretrained: not in the checkpoint, so newly initialized and not quantized: %s", ", ".join(dense))
         _replace(model, future)
+        _check_nothing_else(model)
         mark(model)
         return model
 
@@ -153,12 +156,23 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
             model.config.quantization_config = described(model)
         return None, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """``model.dequantize()``: dense layers, as the quantized ones decode."""
+        if isinstance(dtype, str):  # of a config that was written or read
+            dtype = getattr(torch, dtype)
         holds = (module for module in model.modules() if any(isinstance(p, QuantizedTensor) for p in module._parameters.values()))
         _replace(model, {id(module): dense_module(module, dtype) for module in holds})
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         return model
+
+
+def _check_nothing_else(model: PreTrainedModel) -> None:
+    """Refuse codes in the place of weights, which the loader puts there if their shape is right."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _CODES and not isinstance(parameter, QuantizedTensor):
+            raise ValueError(
+                f"from_pretrained: the checkpoint holds {name} quantized, as {parameter.dtype}, but config.json doesn't say so of it"
+            )
 
 
 def _replace(model: nn.Module, future: Mapping[int, nn.Module]) -> None:
