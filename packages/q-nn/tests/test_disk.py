@@ -49,6 +49,7 @@ QUANTIZE = [
     QConfig("nf4", skip=("lm_head", r".*\.0\.")),
 ]
 EMBEDDINGS = QConfig("nf4", rules=(QRule(module_type="Embedding", format="nf4"), QRule("lm_head", "nf4")))
+MIXED = QConfig("int8", threshold=0.0, rules=(QRule("experts", "nf4"), QRule(r".*\.1\.self_attn", "nf4", double_quant=False)))
 
 
 def make(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -75,6 +76,8 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
         *((name, QUANTIZE[0]) for name in ("neox", "opt", "mixtral", "qwen3 moe")),
         ("mixtral", QUANTIZE[2]),
         ("llama", EMBEDDINGS),
+        ("tied llama", EMBEDDINGS),
+        ("mixtral", MIXED),
     ],
     ids=str,
 )
@@ -83,15 +86,18 @@ def test_the_files_are_those_from_memory(tmp_path: Path, name: str, config: QCon
     make(name).save_pretrained(tmp_path / "in", max_shard_size="40KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
     expected = quantize(model, config)
-    try:
-        save_pretrained(model, tmp_path / "memory", max_shard_size=size)
-    except ValueError as error:  # config.json can't say it
-        with pytest.raises(ValueError, match=str(error)[:20]):
-            quantize_checkpoint(tmp_path / "in", tmp_path / "disk", config)
-        return
+    save_pretrained(model, tmp_path / "memory", max_shard_size=size)
     report = quantize_checkpoint(tmp_path / "in", tmp_path / "disk", config, max_shard_size=size)
     assert report == expected
     assert files(tmp_path / "disk") == files(tmp_path / "memory")
+    # In our dialect or in bitsandbytes', it loads, also into what is quantized already.
+    loaded = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16).eval()
+    ids = torch.arange(96)[None]
+    for _ in range(2):
+        load_into(loaded, tmp_path / "disk")
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert {n: type(m) for n, m in loaded.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("config", QUANTIZE[:3], ids=str)
@@ -192,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "unexpected": (lambda d: rewritten(d, lambda s: s.update(extra=torch.ones(1))), ValueError, "unexpected keys: extra"),
     "shape": (lambda d: rewritten(d, lambda s: s.update({UP: torch.ones(2, 2)})), ValueError, f"{UP} has shape"),
     "integers": (
-        lambda d: rewritten(d, lambda s: s.update({NORM: torch.ones(64, dtype=torch.int8)})),
+        lambda d: rewritten(d, lambda s: s.update({NORM: torch.ones(64, dtype=torch.int32)})),
         ValueError,
         f"{NORM} has dtype",
     ),
@@ -270,7 +276,7 @@ from q_nn.meta_model import meta_model
 torch.set_num_threads(1)
 directory = Path(sys.argv[1])
 sizes = dict(vocab_size=1024, hidden_size=256, intermediate_size=1024, num_attention_heads=4)
-for layers, name in ((1, "warm"), (12, "in")):
+for layers, name in ((1, "warm"), (8, "in")):
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).save_pretrained(directory / name, max_shard_size="3MB")
 quantize_checkpoint(directory / "warm", directory / "warm-out", QConfig("nf4"), max_shard_size="3MB")
 with measure_peak("cpu") as memory:
@@ -293,9 +299,9 @@ def test_peaks_of_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True, timeout=200, env=environment
     )
     quantizing, loading, model = map(int, done.stdout.split()[-3:])
-    assert model > 50e6
-    assert quantizing < 20e6
-    assert loading < model + 12e6
+    assert model > 33e6
+    assert quantizing < 18e6
+    assert loading < model + 10e6
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

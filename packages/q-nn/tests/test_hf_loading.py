@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, pipeline
@@ -21,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import q_nn.hf
 import q_nn.hf.conversions
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn import LinearFP4, LinearNF4, QConfig, QRule, load_into, quantize, weight_bytes
+from q_nn import QConfig, QRule, load_into, quantize, weight_bytes
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 CONFIGS = [QConfig("nf4"), QConfig("fp4", blocksize=32, double_quant=False), QConfig("int8"), QConfig(skip=("lm_head", "k_proj"))]

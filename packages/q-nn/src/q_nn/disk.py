@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from q_nn.atomic import new_directory
 from q_nn.checkpoint import Checkpoint
 from q_nn.config import QConfig
 from q_nn.convert import quantize_module
-from q_nn.load import check_finite, check_keys, representatives
+from q_nn.load import check_finite, check_header, check_keys, representatives, slots_of
 from q_nn.meta_model import meta_model
 from q_nn.plan import plan_quantization
 from q_nn.quantize import apply_plan
@@ -65,69 +64,65 @@ def quantize_checkpoint(
     max_bytes = size_in_bytes(max_shard_size)
     if read_config(source).get("quantization_config") is not None:
         raise ValueError(f"quantize_checkpoint: {source} is quantized already, as its config.json says; expected a dense model")
-    model = meta_model(source)
-    tensors = dict(_tensors(model))
-    checkpoint = Checkpoint(source, model, tensors)
-    tied = representatives(model, tensors)
-    check_keys("quantize_checkpoint", tied, checkpoint)
-    _take_dtypes(model, tensors, checkpoint.headers)
+    stored = _DenseModel(source)
+    model = stored.model
     plan = plan_quantization(model, config)
     rules = {name: rule for layer in plan.layers for name, rule in zip(layer.names, layer.rules, strict=True)}
     dense = {name: model.get_submodule(name) for name in rules}
-    report = apply_plan(model, plan)  # on the meta device: it is what tells names, bytes, and what config.json has to say
-
-    origins: dict[str, str] = {}
-    for key in tensors:
-        if key in checkpoint.headers:
-            origins.setdefault(tied[key], key)
-
-    def read(key: str) -> Tensor:
-        value = checkpoint.read(origins[tied[key]])
-        if key in parameters:
-            check_finite("quantize_checkpoint", key, value)
-        return value
-
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    report = apply_plan(model, plan)  # on the meta device: what it is then says names, bytes, and what config.json has to
     groups = tensors_by_module(model)
     with new_directory(target) as stage:
         _copy_others(source, stage)
         writer = ShardWriter(stage, max_bytes)
         for name, group in tqdm(groups.items(), desc="quantize", unit="module", disable=not progress):
             if name in rules:
-                real = copy.copy(dense[name])
-                real._parameters = {
-                    own: None if parameter is None else nn.Parameter(read(f"{name}.{own}"), requires_grad=False)
-                    for own, parameter in real._parameters.items()
-                }
-                written = prepare(quantize_module(name, real, rules[name])).state_dict(prefix=f"{name}.")
+                module = quantize_module(name, stored.read_module(name, dense[name]), rules[name])
+                written = prepare(module).state_dict(prefix=f"{name}.")
+                assert written.keys() == group.keys()
             else:
-                written = {key: read(key) for key in group}
-            assert written.keys() == group.keys()
+                written = {key: stored.read(key) for key in group}
             writer.add(written)
         writer.finish()
         write_json(stage / CONFIG, describe(model, model.config))
     return report
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All that a checkpoint holds, by key; tied tensors under each of theirs."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".lstrip("."), tensor
+class _DenseModel:
+    """A model on the meta device, in the dtypes of the checkpoint that holds its weights.
 
+    Raises:
+        ValueError: the checkpoint doesn't fit the model.
+    """
 
-def _take_dtypes(model: nn.Module, tensors: dict[str, Tensor], headers: dict[str, Tensor]) -> None:
-    """Give a model on the meta device the dtypes that a checkpoint has."""
-    for key, tensor in tensors.items():
-        if key not in headers:
-            continue
-        header = headers[key]
-        if header.shape != tensor.shape:
-            raise ValueError(f"quantize_checkpoint: {key} has shape {list(header.shape)}, expected {list(tensor.shape)}")
-        if header.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"quantize_checkpoint: {key} has dtype {header.dtype}, expected one as {tensor.dtype}")
-        tensor.data = torch.empty_like(tensor, dtype=header.dtype)
+    def __init__(self, directory: Path) -> None:
+        self.model: nn.Module = meta_model(directory)
+        tensors = {key: tensor for key, (_, _, tensor) in slots_of(self.model, {}).items()}
+        self._checkpoint = Checkpoint(directory, self.model, tensors)
+        self._tied = representatives(self.model, tensors)
+        check_keys("quantize_checkpoint", self._tied, self._checkpoint)
+        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._origins: dict[str, str] = {}  # which of the keys that are tied the checkpoint has
+        for key, tensor in tensors.items():
+            if key in self._checkpoint.headers:
+                check_header("quantize_checkpoint", key, tensor, self._checkpoint.headers)
+                self._origins.setdefault(self._tied[key], key)
+                tensor.data = torch.empty_like(tensor, dtype=self._checkpoint.headers[key].dtype)
+
+    def read(self, key: str) -> Tensor:
+        """Read a tensor."""
+        value = self._checkpoint.read(self._origins[self._tied[key]])
+        if key in self._parameters:
+            check_finite("quantize_checkpoint", key, value)
+        return value
+
+    def read_module(self, name: str, module: nn.Module) -> nn.Module:
+        """A module like that one on the meta device, with its parameters."""
+        real = copy.copy(module)
+        real._parameters = {
+            own: None if parameter is None else nn.Parameter(self.read(f"{name}.{own}"), requires_grad=False)
+            for own, parameter in module._parameters.items()
+        }
+        return real
 
 
 def _copy_others(source: Path, target: Path) -> None:

@@ -15,13 +15,14 @@ from torch import nn
 from q_core.specs.check import short
 from q_nn.config import QConfig
 from q_nn.kv_cache import KV_DTYPES, KVCache, KVDtype, kv_cache_of
+from q_nn.layers import replace_module
+from q_nn.load import plan_swaps
 from q_nn.lora import LoRAConfig, add_lora
 from q_nn.memory import tensor_bytes, weight_bytes
 from q_nn.meta_model import meta_model
 from q_nn.optimizer_states import Optimizer
 from q_nn.plan import plan_quantization
 from q_nn.quantize import apply_plan
-from q_nn.replace import replace_linears
 from q_nn.rules import FORMATS
 from q_nn.table import table
 
@@ -151,7 +152,8 @@ def estimate(
     if quantized is not None:
         if config is not None:
             raise ValueError(f"estimate: {source} is quantized already, expected no config then")
-        replace_linears(model, quantized)
+        for old, new in plan_swaps(model, quantized).values():
+            replace_module(model, old, new)
         weights, dense = {AS_IT_IS: weight_bytes(model)}, AS_IT_IS
     else:
         dense = short(next(p.dtype for p in model.parameters()))

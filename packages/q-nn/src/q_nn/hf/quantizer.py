@@ -25,11 +25,11 @@ from q_core.formats.four_bit import FourBit
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn.config import QConfig
+from q_nn.hf.config import Served, described
 from q_nn.hf.conversions import Assemble, Quantize, assembling_converters
 from q_nn.hf.dense import dense_module
 from q_nn.hf.hooks import move_hook
 from q_nn.hf.plan import Plan, plan
-from q_nn.hf.config import Served, described
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.state_hooks import accepts
 
