@@ -16,7 +16,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_nn.config import QConfig
 from q_nn.convert import EMBEDDING, kind_of
-from q_nn.linear import Linear8bitLt
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.rules import FormatName, QRule
 
 
