@@ -7,7 +7,9 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
 from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
+from q_nn.disk import quantize_checkpoint
 from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
+from q_nn.estimate import Estimate, estimate
 from q_nn.experts import QuantizedExperts
 from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from q_nn.linear8bit import Linear8bitLt
@@ -27,7 +29,8 @@ from q_nn.lora import (
     set_lora,
     unmerge_lora,
 )
-from q_nn.memory import weight_bytes
+from q_nn.memory import MemoryReport, MemoryRow, memory_report, weight_bytes
+from q_nn.peak import PeakMemory, measure_peak
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.quantize import quantize
 from q_nn.replace import replace_linears
@@ -44,6 +47,7 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Estimate",
     "FourBit",
     "Fp8Rows",
     "Int8Rows",
@@ -55,6 +59,9 @@ __all__ = [
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",
+    "MemoryReport",
+    "MemoryRow",
+    "PeakMemory",
     "PlannedLayer",
     "QConfig",
     "QRule",
@@ -67,14 +74,18 @@ __all__ = [
     "add_lora",
     "disable_lora",
     "enable_lora",
+    "estimate",
     "load_into",
     "load_lora",
     "lora_adapters",
+    "measure_peak",
+    "memory_report",
     "merge_lora",
     "plan_quantization",
     "prepare",
     "prepare_ddp",
     "quantize",
+    "quantize_checkpoint",
     "quantize_module",
     "remove_lora",
     "replace_linears",
