@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.grouped_int import AffineGroups, SuperGroups
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.layouts import CANONICAL
@@ -343,7 +344,7 @@ def _parameter(tensor: QuantizedTensor) -> QuantizedTensor:
     return torch.nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
 
 
-torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, _rebuild])
+torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, AffineGroups, SuperGroups, _rebuild])
 
 
 def _is_parameter(tensor: Tensor) -> bool:
