@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.grouped_int import GroupedInt
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.linear import Linear8bitLt, LinearFP4, LinearNF4, QuantizedLinear
+from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, QuantizedLinear
+from q_nn.linear_grouped import LinearGroupedInt
 
 _FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": LinearFP4}
 
@@ -16,9 +18,11 @@ _FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": L
 def layer_for(format: WeightFormat) -> type[QuantizedLinear]:
     """The class of layers whose weight is held in that format."""
     if isinstance(format, FourBit):
-        return _FOUR_BIT_LAYERS[format.quant_type]
+        return _FOUR_BIT_LAYERS.get(format.quant_type, Linear4bit)
     if isinstance(format, Int8Rows):
         return Linear8bitLt
+    if isinstance(format, GroupedInt):
+        return LinearGroupedInt
     raise TypeError(f"q_nn has no linear layer for {format}")
 
 

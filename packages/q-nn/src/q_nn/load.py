@@ -16,6 +16,8 @@ from q_core.formats.checkpoint import flat_keys, from_flat
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
+from q_nn.readers.directory import quantized_elsewhere
+from q_nn.readers.load import load_foreign
 from q_nn.replace import plan_replacements
 from q_nn.save import CONFIG, INDEX, WEIGHTS
 from q_nn.sharded import refuse_sharded
@@ -28,7 +30,8 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
     Linear layers that the config says are quantized are swapped first (:func:`q_nn.replace_linears`). Parameters are replaced, not copied
-    into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied.
+    into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied. What GPTQ,
+    AWQ or compressed-tensors quantized is read by :func:`q_nn.readers.load_foreign`.
 
     Args:
         model: on the meta device or any other; mutated. Buffers that no checkpoint holds must be real already.
@@ -42,6 +45,9 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = _read_json(source / CONFIG)
+    if quantized_elsewhere(config.get("quantization_config")):
+        load_foreign(model, source)
+        return
     swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}
     if config.get("quantization_config") is not None:
         swaps = plan_replacements(model, BitsAndBytesConfig.from_dict(config["quantization_config"]))
