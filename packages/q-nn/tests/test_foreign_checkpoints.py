@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from q_core.formats.grouped_int import AffineGroups
-from q_core.formats.int8_rows import Int8Rows
 from q_nn import FourBit, Linear4bit, Linear8bitLt, QuantizedTensor, load_into
 from q_nn.linear_grouped import LinearGroupedInt
 from q_nn.readers import read_weights
@@ -46,7 +44,13 @@ class Affine:
 
 
 def affine(
-    weight: Tensor, group: int, *, bits: int = 4, symmetric: bool = False, shuffled: bool = False, dtype: torch.dtype = torch.float16
+    weight: Tensor,
+    group: int,
+    *,
+    bits: int = 4,
+    symmetric: bool = False,
+    shuffled: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> Affine:
     dense = weight.detach().double().numpy()
     K = dense.shape[1]
@@ -55,9 +59,7 @@ def affine(
     if shuffled:
         random.shuffle(group_of)
     top, groups = 2**bits - 1, K // group
-    low, high = (
-        np.stack([op(dense[:, group_of == g], axis=1) for g in range(groups)], axis=1) for op in (np.min, np.max)
-    )
+    low, high = (np.stack([op(dense[:, group_of == g], axis=1) for g in range(groups)], axis=1) for op in (np.min, np.max))
     spread = 2 * np.maximum(-low, high) if symmetric else high - low
     scale = torch.from_numpy(spread / top).to(dtype)
     held = scale.double().numpy()
@@ -274,9 +276,7 @@ def test_decodes_to_what_the_format_defines(
 
 
 @pytest.mark.parametrize(("config", "pack", "layer", "error"), CASES[:4])
-def test_requantized(
-    make_llama: MakeLlama, tmp_path: Path, config: dict[str, Any], pack: Pack, layer: type, error: float
-) -> None:
+def test_requantized(make_llama: MakeLlama, tmp_path: Path, config: dict[str, Any], pack: Pack, layer: type, error: float) -> None:
     decoded = write(make_llama(), tmp_path, config, pack)
     other = make_llama(dtype=torch.bfloat16)
     format = FourBit("nf4", 64, 256)
