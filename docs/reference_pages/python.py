@@ -53,7 +53,7 @@ def quantized_weights_page() -> str:
         _described(tensor),
         *(f"### {name}\n\n{_code(signature_of(method))}{_text(method, '####')}" for name, method in methods),
     ]
-    formats = [_described(q_core.FourBit), _described(q_core.Int8Rows), "## Keys of a checkpoint", _text(checkpoint)]
+    formats = [*map(_described, (q_core.FourBit, q_core.Int8Rows, q_core.Fp8Rows)), "## Keys of a checkpoint", _text(checkpoint)]
     return _page("Quantized weights", _text(quantized_tensor), [*parts, *formats])
 
 

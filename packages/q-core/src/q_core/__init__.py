@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from q_core.dispatch import bound, use_backends
     from q_core.explanation import Explanation, explain
     from q_core.formats.four_bit import FourBit
+    from q_core.formats.fp8_rows import Fp8Rows
     from q_core.formats.int8_rows import Int8Rows
     from q_core.formats.quantized_tensor import QuantizedTensor
 
@@ -25,6 +26,7 @@ _WHERE = {
     "BackendError": "q_core.backend",
     "Explanation": "q_core.explanation",
     "FourBit": "q_core.formats.four_bit",
+    "Fp8Rows": "q_core.formats.fp8_rows",
     "Int8Rows": "q_core.formats.int8_rows",
     "NoBackendError": "q_core.backend",
     "QuantizedTensor": "q_core.formats.quantized_tensor",
@@ -43,6 +45,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "FourBit",
+    "Fp8Rows",
     "Int8Rows",
     "NoBackendError",
     "QuantizedTensor",

@@ -1,16 +1,22 @@
 """Quantized modules, fine-tuning and checkpoints."""
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
+from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
+from q_nn.experts import QuantizedExperts
 from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes
-from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
+from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
+from q_nn.quantize import quantize
 from q_nn.replace import replace_linears
+from q_nn.report import KeptParameter, QuantizedLayer, QuantizeReport
+from q_nn.rules import QRule
 from q_nn.save import save_pretrained
 from q_nn.stable_embedding import StableEmbedding
 from q_nn.state_hooks import prepare
@@ -19,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FourBit",
+    "Fp8Rows",
     "Int8Rows",
     "KeptParameter",
     "Linear4bit",
@@ -27,17 +34,23 @@ __all__ = [
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",
+    "PlannedLayer",
     "QConfig",
+    "QRule",
+    "QuantizePlan",
     "QuantizeReport",
+    "QuantizedExperts",
     "QuantizedLayer",
     "QuantizedTensor",
     "StableEmbedding",
     "add_lora",
     "load_into",
     "merge_lora",
+    "plan_quantization",
     "prepare",
     "prepare_ddp",
     "quantize",
+    "quantize_module",
     "replace_linears",
     "save_pretrained",
     "weight_bytes",

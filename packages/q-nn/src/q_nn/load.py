@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor, nn
 
 from q_core.formats.checkpoint import flat_keys, from_flat
 from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.specs.check import short
+from q_nn.checkpoint import Checkpoint
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
 from q_nn.readers.directory import quantized_elsewhere
 from q_nn.readers.load import load_foreign
 from q_nn.replace import plan_replacements
-from q_nn.save import CONFIG, INDEX, WEIGHTS
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import accepts
+from q_nn.weights import read_config
 
 _NAMED_IN_ERRORS = 5
 
@@ -30,8 +29,12 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
     Linear layers that the config says are quantized are swapped first (:func:`q_nn.replace_linears`). Parameters are replaced, not copied
-    into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied. What GPTQ,
-    AWQ or compressed-tensors quantized is read by :func:`q_nn.readers.load_foreign`.
+    into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied. Keys that
+    transformers 5 renames, and tensors an expert that it stacks, are read as it reads them. What GPTQ, AWQ or
+    compressed-tensors quantized is read by :func:`q_nn.readers.load.load_foreign`.
+
+    Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
+    and a model whose parameters are on the meta device (accelerate's ``init_empty_weights`` makes one) is held once.
 
     Args:
         model: on the meta device or any other; mutated. Buffers that no checkpoint holds must be real already.
@@ -39,12 +42,12 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what its name says, or keys, shapes or formats don't fit the model, or the model is sharded; the message
-            names them, and nothing is changed.
+        ValueError: a file is not what its name says, or keys, shapes or formats don't fit the model, or a weight isn't finite, or the model
+            is sharded; the message names them, and nothing is changed.
     """
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
-    config = _read_json(source / CONFIG)
+    config = read_config(source)
     if quantized_elsewhere(config.get("quantization_config")):
         load_foreign(model, source)
         return
@@ -53,7 +56,8 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
         swaps = plan_replacements(model, BitsAndBytesConfig.from_dict(config["quantization_config"]))
     slots = dict(_slots(model, swaps))
     _check_all_real(model, slots)
-    values = _fit(slots, _representatives(model, slots), _read_weights(source))
+    checkpoint = Checkpoint(source, model, {key: tensor for key, (_, _, tensor) in slots.items()})
+    values = _fit(slots, representatives(model, {key: tensor for key, (_, _, tensor) in slots.items()}), checkpoint)
 
     for old, new in swaps.values():
         replace_module(model, old, new)
@@ -75,92 +79,96 @@ def _slots(model: nn.Module, swaps: dict[str, tuple[nn.Linear, nn.Linear]]) -> I
                 yield f"{prefix}.{name}".lstrip("."), (module, name, tensor)
 
 
-def _representatives(model: nn.Module, slots: dict[str, Slot]) -> dict[str, str]:
+def representatives(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
     """For each key the first one that it is tied to, itself if to none: a tied tensor is written under one of its names."""
     # transformers declares what it ties; on the meta device those aren't one object yet.
-    declared = {key: source for key, source in getattr(model, "all_tied_weights_keys", {}).items() if source in slots}
+    declared = {key: source for key, source in getattr(model, "all_tied_weights_keys", {}).items() if source in tensors}
     first: dict[int, str] = {}
-    for key, (_, _, tensor) in slots.items():
+    for key, tensor in tensors.items():
         first.setdefault(id(tensor), key)
-    return {key: first[id(slots[declared.get(key, key)][2])] for key in slots}
+    return {key: first[id(tensors[declared.get(key, key)])] for key in tensors}
 
 
-def _fit(slots: dict[str, Slot], representatives: dict[str, str], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What goes into each slot, one tensor for those that are tied. Raises unless every slot is filled and every key used."""
-    values: dict[str, Tensor] = {}
-    used: set[str] = set()
-    for key, slot in slots.items():
-        if key in state:
-            used.update(flat_keys(key, state) or (key,))
-            values.setdefault(representatives[key], _value(key, slot, state))
-    missing = [key for key in slots if representatives[key] not in values]
-    unexpected = sorted(set(state) - used)
+def check_keys(what: str, tied: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that doesn't hold each of a model's tensors, or holds more.
+
+    Args:
+        what: begins the message.
+        tied: :func:`representatives` of the model's keys.
+        checkpoint: of that model.
+    """
+    held = {tied[key] for key in tied if key in checkpoint.headers}
+    missing = [key for key in tied if tied[key] not in held]
+    used = {own for key in tied if key in checkpoint.headers for own in flat_keys(key, checkpoint.headers) or (key,)}
+    unexpected = sorted({*checkpoint.unexpected, *(set(checkpoint.headers) - used)})
     if missing or unexpected:
-        raise ValueError(f"load_into: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
-    return {key: values[representatives[key]] for key in slots}
+        raise ValueError(f"{what}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
 
 
-def _value(key: str, slot: Slot, state: dict[str, Tensor]) -> Tensor:
+def _fit(slots: dict[str, Slot], tied: dict[str, str], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What goes into each slot, one tensor for those that are tied. What headers say is checked before anything is read."""
+    check_keys("load_into", tied, checkpoint)
+    for key, slot in slots.items():
+        if key in checkpoint.headers:
+            _check_header(key, slot[2], checkpoint.headers)
+    values: dict[str, Tensor] = {}
+    for key, slot in slots.items():
+        if key in checkpoint.headers and tied[key] not in values:
+            values[tied[key]] = _value(key, slot, checkpoint)
+    return {key: values[tied[key]] for key in slots}
+
+
+def _check_header(key: str, target: Tensor, headers: dict[str, Tensor]) -> None:
+    header = headers[key]
+    quantized = bool(flat_keys(key, headers))
+    if isinstance(target, QuantizedTensor):
+        return  # from_flat checks it against all that belongs to it
+    if quantized:
+        raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
+    if header.shape != target.shape:
+        raise ValueError(f"load_into: {key} has shape {list(header.shape)}, expected {list(target.shape)}")
+    if header.is_floating_point() != target.is_floating_point():
+        raise ValueError(f"load_into: {key} has dtype {short(header.dtype)}, expected one as {short(target.dtype)}")
+
+
+def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:
     """What the checkpoint holds at a key, as the slot wants it: a parameter or a buffer of its dtype and on its device."""
     module, name, target = slot
+    state = checkpoint.read_weight(key)
     value: Tensor
     if isinstance(target, QuantizedTensor):
         value = from_flat(key, state, dtype=target.dtype)
         assert isinstance(value, QuantizedTensor)
         if not accepts(module, value.format):
             raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
+        if value.shape != target.shape:
+            raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
+        for own, component in value.components.items():
+            check_finite("load_into", f"{own} of {key}", component)
         value = value.to(target.dtype)
-    elif flat_keys(key, state):
-        raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
     else:
         value = state[key].to(target.dtype)
-    if value.shape != target.shape:
-        raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
+        if name in module._parameters:  # a buffer may hold a mask
+            check_finite("load_into", key, value)
     if not target.is_meta:
         value = value.to(target.device)
     return nn.Parameter(value, requires_grad=target.requires_grad) if name in module._parameters else value
+
+
+@torch.no_grad()
+def check_finite(what: str, name: str, tensor: Tensor) -> None:
+    """Refuse a weight, or the scales of one, with elements that are NaN or infinite."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{what}: {name} has {count} elements that are NaN or infinite as {short(tensor.dtype)}, expected finite ones"
+        )
 
 
 def _check_all_real(model: nn.Module, slots: dict[str, Slot]) -> None:
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in slots:
             raise ValueError(f"load_into: buffer {name} is on the meta device and in no checkpoint; build it on a real one")
-
-
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    single, index = source / WEIGHTS, source / INDEX
-    if single.exists() or not index.exists():
-        return _read_tensors(single)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: weight_map is {type(weight_map).__name__}, expected file names by key")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index}: weight_map names {name!r}, expected a file in the same directory")
-        tensors.update(_read_tensors(source / name))
-    return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected weights in safetensors")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face model directory")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is JSON of a {type(content).__name__}, expected an object")
-    return content
 
 
 def _some(keys: list[str]) -> str:

@@ -4,7 +4,10 @@ A quantized weight at the key ``layer.weight`` is held in plain tensors, so that
 
 - 4-bit: ``layer.weight`` uint8 [ceil(numel / 2), 1], ``layer.weight.absmax``, ``.quant_map``, ``.nested_absmax``,
   ``.nested_quant_map``, and ``.quant_state.bitsandbytes__nf4`` (or ``__fp4``), the bytes of a JSON object with the rest;
-- int8: ``layer.weight`` int8 [N, K] and its siblings ``layer.SCB`` float32 [N] and ``layer.weight_format``.
+- int8: ``layer.weight`` int8 [N, K] and its siblings ``layer.SCB`` float32 [N] and ``layer.weight_format``. bitsandbytes has no other
+  parameters in int8; of one by another name, such as the stacked ``experts.gate_up_proj`` [E, N, K], they are ``experts.gate_up_proj.SCB``
+  float32 [E, N] and ``experts.gate_up_proj.weight_format``;
+- fp8 rows, which bitsandbytes doesn't have: ``layer.weight`` float8_e4m3fn [..., N, K] and ``layer.weight.absmax`` float32 [..., N].
 
 Weights in groups of integers have a layout of their own, :mod:`q_core.formats.grouped_checkpoint`.
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from q_core.formats import grouped_checkpoint
 from q_core.formats.codebooks import BLOCKSIZES, FOUR_BIT_BOOKS, book_tensor, dynamic_map
 from q_core.formats.four_bit import FourBit
+from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.grouped_int import GroupedInt
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
@@ -49,6 +53,8 @@ def flat_keys(key: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         candidates = (key, *(key + part for part in parts), state_key)
     elif key in state and state[key].dtype == torch.int8:
         candidates = (key, *_siblings(key))
+    elif key in state and state[key].dtype == torch.float8_e4m3fn:
+        candidates = (key, f"{key}.absmax")
     else:
         return ()
     return tuple(candidate for candidate in candidates if candidate in state)
@@ -60,6 +66,8 @@ def row_keys(key: str, format: WeightFormat) -> dict[str, str]:
         return {"codes": key, "absmax": _siblings(key)[0]}
     if isinstance(format, GroupedInt):
         return grouped_checkpoint.component_keys(key, format)
+    if isinstance(format, Fp8Rows):
+        return {"codes": key, "absmax": f"{key}.absmax"}
     return {"packed": key, "absmax": f"{key}.absmax"}
 
 
@@ -82,10 +90,10 @@ def to_flat(key: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         scale_key, layout_key = _siblings(key)
         layout = torch.tensor(_ROW_MAJOR, dtype=torch.uint8)
         return {key: components["codes"], scale_key: components["absmax"], layout_key: layout}
+    if isinstance(format, Fp8Rows):
+        return {key: components["codes"], f"{key}.absmax": components["absmax"]}
     if not isinstance(format, FourBit):
-        raise TypeError(
-            f"to_flat: {key} is held as {format}, which bitsandbytes' layout doesn't have; expected FourBit or Int8Rows"
-        )
+        raise TypeError(f"to_flat: {key} is held as {format}, which the layout doesn't have; expected FourBit, Int8Rows or Fp8Rows")
     description: dict[str, Any] = {
         "quant_type": format.quant_type,
         "blocksize": format.blocksize,
@@ -145,20 +153,32 @@ def read_flat(key: str, state: Mapping[str, Tensor], *, dtype: torch.dtype | Non
         _refuse(key, "is missing", "the weight")
     if state[key].dtype == torch.int8:
         return _read_int8(key, state, dtype or torch.bfloat16)
+    if state[key].dtype == torch.float8_e4m3fn:
+        return _read_fp8(key, state, dtype or torch.bfloat16)
     _refuse(key, f"has dtype {short(state[key].dtype)} and no {key}.quant_state.bitsandbytes__*", "a quantized weight")
 
 
 def _read_int8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> FlatWeight:
     scale_key, layout_key = _siblings(key)
     codes = state[key]
-    if codes.ndim != 2:
-        _refuse(key, f"has shape {list(codes.shape)}", "two axes [N, K]")
-    absmax = _take(state, scale_key, torch.float32, (codes.shape[0],))
+    absmax = _take(state, scale_key, torch.float32, _rows_of(key, codes))
     if layout_key in state:
         layout = _take(state, layout_key, torch.uint8, ())
         if int(layout) != _ROW_MAJOR:
             _refuse(layout_key, f"is {int(layout)}", f"{_ROW_MAJOR}, rows as they are; convert it with the program that wrote it")
     return FlatWeight({"codes": codes, "absmax": absmax}, Int8Rows(), codes.shape, dtype)
+
+
+def _read_fp8(key: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> FlatWeight:
+    codes = state[key]
+    absmax = _take(state, f"{key}.absmax", torch.float32, _rows_of(key, codes))
+    return FlatWeight({"codes": codes, "absmax": absmax}, Fp8Rows(), codes.shape, dtype)
+
+
+def _rows_of(key: str, codes: Tensor) -> tuple[int, ...]:
+    if codes.ndim < 2:
+        _refuse(key, f"has shape {list(codes.shape)}", "two axes [N, K], or a stack of such")
+    return tuple(codes.shape[:-1])
 
 
 def _read_four_bit(key: str, state: Mapping[str, Tensor], state_key: str) -> FlatWeight:
@@ -212,7 +232,7 @@ def _quant_state_key(key: str, state: Mapping[str, Tensor]) -> str | None:
 def _siblings(key: str) -> tuple[str, str]:
     prefix, dot, name = key.rpartition(".")
     if name != "weight":
-        _refuse(key, "holds int8 rows", "a key that ends in 'weight', as the scales are its sibling 'SCB'")
+        return f"{key}.SCB", f"{key}.weight_format"
     return f"{prefix}{dot}SCB", f"{prefix}{dot}weight_format"
 
 
