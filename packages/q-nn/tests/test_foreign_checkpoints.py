@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from q_nn import FourBit, Linear4bit, Linear8bitLt, QuantizedTensor, load_into
 from q_nn.linear_grouped import LinearGroupedInt
+from q_nn.readers import gptq as gptq_reader
 from q_nn.readers import read_weights
+from q_nn.readers.checks import Parts
+from q_nn.readers.directory import reader_for
+from q_nn.readers.grouped_weight import GroupedWeight
 from q_nn.readers.load import load_foreign
 
 MakeLlama = Callable[..., LlamaForCausalLM]
@@ -143,6 +148,7 @@ def ct(scheme: dict[str, Any], format: str = "pack-quantized", **more: Any) -> d
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False, "damp_percent": 0.1}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
 GROUP = {"num_bits": 4, "strategy": "group", "group_size": 64}
+INT_GROUP = {"type": "int", **GROUP}
 DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 Pack = Callable[[Tensor], tuple[Affine, dict[str, Tensor]]]
@@ -293,3 +299,201 @@ def test_the_default_dtype_is_the_scales(make_llama: MakeLlama, tmp_path: Path) 
     assert {w.dtype for w in weights.values() if isinstance(w, QuantizedTensor)} == {torch.float16}
     with pytest.raises(TypeError, match="read_weights: dtype is float64"):
         read_weights(tmp_path, dtype=torch.float64)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+Lie = Callable[[dict[str, Tensor]], object]
+NAME = "model.layers.0.mlp.up_proj"
+BY_NAME = {case.id: case for case in CASES}
+
+
+def put(part: str, change: Callable[[Tensor], Tensor]) -> Lie:
+    return lambda tensors: tensors.update({f"{NAME}.{part}": change(tensors[f"{NAME}.{part}"])})
+
+
+def drop(part: str) -> Lie:
+    return lambda tensors: tensors.pop(f"{NAME}.{part}")
+
+
+def add(part: str, tensor: Tensor) -> Lie:
+    return lambda tensors: tensors.update({f"{NAME}.{part}": tensor})
+
+
+LIES = [
+    ("gptq", {}, drop("scales"), f"{NAME}.scales is missing, expected float32 or bfloat16 or float16 [2, 192]"),
+    ("gptq", {}, drop("qzeros"), f"{NAME}.qzeros is missing, expected int32 [2, 24]"),
+    ("gptq", {}, drop("qweight"), f"missing keys: {NAME}.weight; unexpected keys: {NAME}.g_idx, {NAME}.qzeros, {NAME}.scales"),
+    ("gptq", {}, put("qweight", lambda t: t[:-1]), f"{NAME}: its weight has 120 columns, expected whole groups of 64"),
+    ("gptq", {}, put("qweight", lambda t: t[:, :-1]), f"{NAME}.qweight has 191 columns, expected a multiple of 8"),
+    ("gptq", {}, put("qweight", Tensor.float), f"{NAME}.qweight is float32 [16, 192], expected int32 [any, any]"),
+    ("gptq", {}, put("scales", lambda t: t.int()), f"{NAME}.scales is int32 [2, 192], expected float32"),
+    ("gptq", {}, put("scales", lambda t: t * torch.nan), f"{NAME}.weight has 384 scales that are NaN or infinite"),
+    (
+        "gptq",
+        {},
+        put("g_idx", lambda t: t.flip(0)),
+        f"{NAME}.g_idx divides the columns otherwise, expected 64 side by side, as desc_act",
+    ),
+    ("gptq", {}, put("g_idx", lambda t: t[1:]), f"{NAME}.g_idx is int32 [127], expected int32 [128]"),
+    ("gptq", {}, add("weight", torch.zeros(192, 128)), f"{NAME}.weight is there, expected of a quantized layer qweight"),
+    ("gptq", {}, add("bias", torch.ones(192)), f"unexpected keys: {NAME}.bias"),
+    ("gptq", {"bits": 3}, None, "quantization_config: bits is 3, expected one of (4, 8)"),
+    ("gptq", {"bits": 8}, None, "its weight has 96 columns, expected whole groups of 64"),
+    ("gptq", {"bits": "4"}, None, "bits is '4', expected one of (4, 8)"),
+    ("gptq", {"group_size": 32}, None, ".scales is float16 [3, 128], expected float32 or bfloat16 or float16 [6, 128]"),
+    ("gptq", {"group_size": -1}, None, ".scales is float16 [3, 128], expected float32 or bfloat16 or float16 [1, 128]"),
+    ("gptq", {"group_size": 0}, None, "group_size is 0, expected a positive number, or -1"),
+    ("gptq", {"group_size": 40}, None, "has 192 columns, expected whole groups of 40"),
+    ("gptq", {"sym": True}, None, "expected 8, as sym is true"),
+    ("gptq", {"sym": 1}, None, "sym is 1, expected one of"),
+    ("gptq", {"checkpoint_format": "marlin"}, None, "checkpoint_format is 'marlin', expected one of ('gptq', 'gptq_v2')"),
+    (
+        "gptq",
+        {"checkpoint_format": "gptq", "format": "gptq_v2"},
+        None,
+        "says the formats ['gptq', 'gptq_v2'], expected one of them",
+    ),
+    ("gptq", {"dynamic": {"-:.*": {}}}, None, "quantization_config: dynamic is "),
+    ("gptq", {"some": 1}, None, "quantization_config has the unknown keys ['some']"),
+    ("gptq", {"quant_method": "hqq"}, None, "quant_method is 'hqq', expected one of ('gptq', 'awq', 'compressed-tensors')"),
+    ("gptq-desc-act", {}, put("g_idx", lambda t: t + 1), f"{NAME}.weight has columns in the groups 1 to 2, expected 0 to 1"),
+    ("gptq-desc-act", {}, put("g_idx", lambda t: t * 0 - 2**31), "expected 0 to 1"),
+    ("gptq-desc-act", {}, put("g_idx", lambda t: t * 0), f"{NAME}.weight has groups of 0 to 128 columns, expected of 64 each"),
+    ("gptq-desc-act", {}, drop("g_idx"), f"{NAME}.g_idx is missing, expected int32 [128]"),
+    ("awq", {"version": "gemv"}, None, "version is 'gemv', expected one of ('gemm', 'GEMM')"),
+    ("awq", {"bits": 8}, None, "bits is 8, expected one of (4,)"),
+    ("awq", {"zero_point": False}, None, "zero_point is False, expected one of (True,)"),
+    ("awq", {}, put("qzeros", lambda t: t[:1]), f"{NAME}.qzeros is int32 [1, 24], expected int32 [2, 24]"),
+    ("awq", {}, put("qweight", lambda t: t[:100]), "has 100 columns, expected whole groups of 64"),
+    ("ct-int4", {"format": "float-quantized"}, None, "format is 'float-quantized', expected one of ('pack-quantized'"),
+    ("ct-int4", {"format": "int-quantized"}, None, "group_0: weights: num_bits is 4, expected one of (8,)"),
+    ("ct-int4", {"kv_cache_scheme": {"num_bits": 8}}, None, "kv_cache_scheme is "),
+    ("ct-int4", {"transform_config": {"a": 1}}, None, "transform_config is "),
+    ("ct-int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, None, "sparsity_config: format is 'sparse-24-bitmask'"),
+    ("ct-int4", {"config_groups": []}, None, "config_groups is [], expected schemes by name"),
+    ("ct-int4", {"config_groups": {"a": {"targets": "Linear"}}}, None, "quantization_config: a: targets is 'Linear'"),
+    (
+        "ct-int4",
+        {"config_groups": {"a": {"targets": ["re:.*down"], "weights": GROUP | {"type": "int"}}}},
+        None,
+        "a target in config_groups",
+    ),
+    ("ct-int4", ct({**GROUP, "strategy": "block"}), None, "strategy is 'block', expected one of ('tensor', 'channel', 'group')"),
+    ("ct-int4", ct({**GROUP, "strategy": "channel"}), None, "has the strategy 'channel' and the group_size 64, expected both"),
+    ("ct-int4", ct({**GROUP, "type": "float"}), None, "type is 'float', expected one of ('int',)"),
+    ("ct-int4", ct({**GROUP, "symmetric": False}), None, ".weight_zero_point is missing, expected int32 ["),
+    ("ct-int4", {}, add("weight_g_idx", torch.zeros(128)), f"{NAME}.weight_g_idx is there, expected no such tensor, as actorder"),
+    (
+        "ct-int4",
+        {},
+        add("weight_global_scale", torch.zeros(1)),
+        f"{NAME}.weight_global_scale is there, expected of a quantized layer",
+    ),
+    ("ct-int4", {}, put("weight_shape", lambda t: t - 1), f"{NAME}.weight_packed is int32 [192, 16], expected int32 [191, 16]"),
+    ("ct-int4", {}, put("weight_shape", lambda t: -t), f"{NAME}.weight_shape says [-192, -128], expected sizes [N, K]"),
+    ("ct-int4", {}, put("weight_shape", lambda t: t * 2**40), f"{NAME}.weight_shape says "),
+    ("ct-int4-asym", ct(GROUP), None, ".weight_zero_point is there, expected no such tensor by the scheme"),
+    ("ct-int8", {"format": "pack-quantized"}, None, "num_bits is 8, expected one of (4,)"),
+    ("ct-int8", {}, put("weight", Tensor.float), f"{NAME}.weight is float32 [192, 128], expected int8 [any, any]"),
+    ("ct-int8", {}, put("weight_scale", lambda t: t[1:]), f"{NAME}.weight_scale is bfloat16 [191, 1], expected"),
+    ("ct-int8", {}, add("input_scale", torch.ones(1)), f"{NAME}.input_scale is there, expected of a quantized layer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "lie", "message"), LIES, ids=[f"{name} {message[:40]}" for name, _, _, message in LIES]
+)
+def test_contradictions(
+    make_llama: MakeLlama, tmp_path: Path, name: str, changes: dict[str, Any], lie: Lie | None, message: str
+) -> None:
+    config, pack = BY_NAME[name].values[:2]
+    write(make_llama(), tmp_path, {**config, **changes}, pack)
+    if lie is not None:
+        tensors = load_file(tmp_path / "model.safetensors")
+        lie(tensors)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = make_llama()
+    before = {key: id(parameter) for key, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_foreign(model, tmp_path)
+    assert {key: id(parameter) for key, parameter in model.named_parameters()} == before
+
+
+def test_truncated(make_llama: MakeLlama, tmp_path: Path) -> None:
+    write(make_llama(), tmp_path, AWQ, BY_NAME["awq"].values[1])
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_foreign(make_llama(), tmp_path)
+
+
+def test_layers_that_cannot_hold_one(make_llama: MakeLlama, tmp_path: Path) -> None:
+    class Other(nn.Linear):
+        pass
+
+    write(make_llama(), tmp_path, AWQ, BY_NAME["awq"].values[1])
+    model = make_llama()
+    model.model.layers[0].mlp.up_proj = Other(128, 192, bias=False)
+    with pytest.raises(ValueError, match=r"up_proj\.weight is quantized, and Other holds it, expected nn\.Linear or nn\.Embedding"):
+        load_foreign(model, tmp_path)
+
+
+def test_biases_of_zeros_are_dropped(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
+    model = make_llama()
+    write(model, tmp_path, GPTQ, BY_NAME["gptq"].values[1])
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, f"{NAME}.bias": torch.zeros(192)}, tmp_path / "model.safetensors", {"format": "pt"})
+    other = make_llama(seed=1)
+    load_foreign(other, tmp_path)
+    torch.testing.assert_close(logits(other, ids), logits(model, ids))
+
+
+def test_zero_points_of_version_1_borrow_across_codes() -> None:
+    """Zero is stored as -1 in the whole word, as the writers subtract it."""
+    weight = Affine(
+        4, np.zeros((8, 32), dtype=np.int64), torch.ones(8, 1).half(), np.arange(8)[:, None] % 3, np.zeros(32, dtype=np.int64)
+    )
+    reader = gptq_reader.GPTQ.from_dict({**GPTQ, "group_size": 32})
+    read = reader.read(Parts("x", gptq(weight, 1)))
+    assert read.zero is not None and read.zero.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_odd_groups_are_dense_or_requantized() -> None:
+    weight = GroupedWeight("x", 4, torch.randint(16, (4, 48), dtype=torch.uint8), torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"x: AffineGroups: group_size is 24, .* can be read with requantize="):
+        weight.quantized()
+    assert weight.quantized(requantize=FourBit()).format == FourBit()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(192, 128), (13, 192)])
+def test_what_the_compressed_tensors_package_writes(
+    bits: int, group_size: int | None, symmetric: bool, shape: tuple[int, int]
+) -> None:
+    """Compressed by the package itself; it decodes in the scales' dtype, which rounds once more."""
+    pytest.importorskip("compressed_tensors", reason="the peer is in the dependency group «tests»")
+    from compressed_tensors.compressors import NaiveQuantizationCompressor, PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weights = QuantizationArgs(
+        num_bits=bits, symmetric=symmetric, strategy="group" if group_size else "channel", group_size=group_size
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    groups = weight.unflatten(1, (-1, group_size or shape[1]))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), weights)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
+    peer: Any = PackedQuantizationCompressor if bits == 4 else NaiveQuantizationCompressor
+    compressed = peer.compress(state, scheme)
+
+    format = "pack-quantized" if bits == 4 else "naive-quantized"
+    args = json.loads(scheme.weights.model_dump_json())
+    reader = reader_for(ct(args, format))
+    read = reader.read(Parts("x", compressed)).quantized()
+    expected = peer.decompress(compressed, scheme)["weight"]
+    assert read.dtype == expected.dtype == torch.float32
+    assert ((read.dequantize() - expected).abs() <= NEAR * expected.abs()).all()

@@ -16,7 +16,6 @@ from q_nn.checkpoint import Checkpoint
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
 from q_nn.readers.directory import quantized_elsewhere
-from q_nn.readers.load import load_foreign
 from q_nn.replace import plan_replacements
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import accepts
@@ -49,6 +48,8 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     source = Path(directory)
     config = read_config(source)
     if quantized_elsewhere(config.get("quantization_config")):
+        from q_nn.readers.load import load_foreign  # which takes from this module
+
         load_foreign(model, source)
         return
     swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}

@@ -88,7 +88,9 @@ def measure_peak(device: torch.device | str | None = None) -> Iterator[PeakMemor
             memory.peak_bytes = torch.accelerator.max_memory_allocated(wanted)
         return
     if wanted.type != torch.device("cpu").type:
-        raise ValueError(f"measure_peak: device is {wanted}, expected 'cpu' or the accelerator here, {here or 'of which there is none'}")
+        raise ValueError(
+            f"measure_peak: device is {wanted}, expected 'cpu' or the accelerator here, {here or 'of which there is none'}"
+        )
     _give_back()
     _start_anew()
     memory = PeakMemory("what of the process is resident, as Linux says", _resident("VmRSS"))
@@ -102,7 +104,9 @@ def _start_anew() -> None:
     try:
         _CLEAR.write_text(_PEAK)
     except OSError as error:
-        raise RuntimeError(f"measure_peak: the CPU's peak is measured on Linux alone, with {_CLEAR}, and that failed: {error}") from error
+        raise RuntimeError(
+            f"measure_peak: the CPU's peak is measured on Linux alone, with {_CLEAR}, and that failed: {error}"
+        ) from error
 
 
 def _give_back() -> None:

@@ -12,6 +12,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = []
     for row in cells:
-        padded = (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, figures, strict=True))
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, figures, strict=True)
+        )
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

@@ -65,12 +65,12 @@ def read_directory(directory: Path, dtype: torch.dtype | None, requantize: Weigh
     reader = reader_for(read_config(directory).get("quantization_config"))
     weights = Weights(directory)
     modules: dict[str, list[str]] = {
-        name: [] for key in weights.headers for name, _, part in [key.rpartition(".")] if part == reader.marker
+        name: [] for key in sorted(weights.headers) for name, _, part in [key.rpartition(".")] if part == reader.marker
     }
     if not modules:
         refuse(str(directory), f"holds no tensor *.{reader.marker}", "some, by config.json")
     result: dict[str, Tensor] = {}
-    for key in weights.headers:
+    for key in sorted(weights.headers):
         module, _, part = key.rpartition(".")
         if module in modules and part in reader.parts:
             modules[module].append(part)

@@ -15,6 +15,7 @@ projections in another order, for a rotary embedding of neighbours and not of ha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,16 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SETTINGS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+"""What metadata and a config both say."""
+
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>[a-z_]+)\.(?P<own>weight|bias)")
 _COMPUTED = "rope_freqs.weight"
 """What transformers computes from its config."""
@@ -67,6 +78,29 @@ def read_gguf(path: Path, dtype: torch.dtype | None, requantize: WeightFormat | 
             rows, entry = _halves_together(name, rows, entry, heads)
         result[_renamed(name, path) if known else name] = _tensor(f"{path.name}: {name}", rows, entry, dtype, requantize)
     return result
+
+
+def check_config(path: Path, config: Any) -> None:
+    """Refuse a file whose metadata contradicts the config of a model that it is loaded into.
+
+    Args:
+        path: of the file.
+        config: a transformers config, or anything with some of its attributes.
+
+    Raises:
+        ValueError: they differ; the message names what.
+    """
+    metadata = GGUFFile(path).metadata
+    architecture = metadata.get("general.architecture")
+    rope = getattr(config, "rope_parameters", None)
+    for key, name in _SETTINGS.items():
+        said = metadata.get(f"{architecture}.{key}")
+        expected = rope.get(name) if isinstance(rope, Mapping) and key.startswith("rope.") else getattr(config, name, None)
+        if said is None or expected is None:
+            continue
+        # A file has float32 and a config float64.
+        if not isinstance(said, int | float) or not math.isclose(said, expected, rel_tol=1e-6):
+            refuse(f"{path.name}: {architecture}.{key}", f"is {said!r}", f"the config's {name}, {expected!r}")
 
 
 def _renamed(name: str, path: Path) -> str:

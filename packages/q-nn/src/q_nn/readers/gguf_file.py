@@ -142,6 +142,8 @@ class _Parser:
         if not 0 < axes <= _MAX_AXES:
             self._refuse(f"has a tensor {name!r} of {axes} axes, expected 1 to {_MAX_AXES}")
         shape = tuple(self._number("<Q") for _ in range(axes))[::-1]
+        if max(shape) > 2 * len(self._content):  # an element takes 4 bits at least; of no rows none may be endless either
+            self._refuse(f"has a tensor {name!r} {list(shape)}, expected sizes that its {len(self._content)} bytes have room for")
         number, offset = self._number("<I"), self._number("<Q")
         if number not in KINDS:
             known = ", ".join(kind.name for kind in KINDS.values())

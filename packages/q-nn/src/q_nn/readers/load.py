@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from q_core.formats.weight_format import WeightFormat
 from q_core.specs.check import short
 from q_nn.layers import around, replace_module
 from q_nn.linear import Linear8bitLt, QuantizedLinear
+from q_nn.load import representatives
 from q_nn.readers import read_weights
 from q_nn.readers.checks import refuse
+from q_nn.readers.gguf import check_config
 from q_nn.readers.grouped_weight import with_dtype
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import install
@@ -50,9 +53,11 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in slots:
             refuse(f"load_foreign: buffer {name}", "is on the meta device and in no checkpoint", "it on a real one")
+    if not Path(source).is_dir() and hasattr(model, "config"):
+        check_config(Path(source), model.config)
     weights = read_weights(source, requantize=requantize)
     _drop_empty_biases(slots, weights)
-    first = _first_names(model, slots)
+    first = representatives(model, {key: tensor for key, (_, _, tensor) in slots.items()})
     values = {first[key]: _fit(key, slots[key], value) for key, value in weights.items() if key in slots}
     missing, unexpected = [key for key in slots if first[key] not in values], sorted(set(weights) - set(slots))
     if missing or unexpected:
@@ -78,16 +83,6 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".lstrip("."), (module, name, tensor)
-
-
-def _first_names(model: nn.Module, slots: dict[str, Slot]) -> dict[str, str]:
-    """For each key the first one that it is tied to, itself if to none: a tied tensor is written under one of its names."""
-    # transformers declares what it ties; on the meta device those aren't one object yet.
-    declared = {key: source for key, source in getattr(model, "all_tied_weights_keys", {}).items() if source in slots}
-    first: dict[int, str] = {}
-    for key, (_, _, tensor) in slots.items():
-        first.setdefault(id(tensor), key)
-    return {key: first[id(slots[declared.get(key, key)][2])] for key in slots}
 
 
 def _drop_empty_biases(slots: dict[str, Slot], weights: dict[str, Tensor]) -> None:
