@@ -17,14 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from q_nn import FourBit, Linear4bit, Linear8bitLt, QuantizedTensor, load_into
-from q_nn.linear_grouped import LinearGroupedInt
+from q_nn import FourBit, Linear4bit, Linear8bitLt, LinearGroupedInt, QuantizedTensor, load_foreign, load_into, read_weights
 from q_nn.readers import gptq as gptq_reader
-from q_nn.readers import read_weights
 from q_nn.readers.checks import Parts
 from q_nn.readers.directory import reader_for
 from q_nn.readers.grouped_weight import GroupedWeight
-from q_nn.readers.load import load_foreign
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Codes = NDArray[np.int64]

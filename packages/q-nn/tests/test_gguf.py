@@ -16,11 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from q_core.formats.grouped_int import AffineGroups, SuperGroups
-from q_nn import FourBit, LinearNF4, QConfig, QuantizedTensor, prepare, quantize
-from q_nn.readers import read_weights
+from q_nn import (
+    AffineGroups,
+    FourBit,
+    LinearNF4,
+    QConfig,
+    QuantizedTensor,
+    SuperGroups,
+    load_foreign,
+    prepare,
+    quantize,
+    read_weights,
+)
 from q_nn.readers.gguf_file import GGUFFile
-from q_nn.readers.load import load_foreign
 
 gguf = pytest.importorskip("gguf", reason="the peer that GGUF files are compared with is in the dependency group «tests»")
 Kind = gguf.GGMLQuantizationType

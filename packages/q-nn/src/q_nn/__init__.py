@@ -2,6 +2,7 @@
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
+from q_core.formats.grouped_int import AffineGroups, SuperGroups
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
@@ -9,11 +10,13 @@ from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
 from q_nn.experts import QuantizedExperts
 from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from q_nn.linear_grouped import LinearGroupedInt
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.quantize import quantize
+from q_nn.readers import load_foreign, read_weights
 from q_nn.replace import replace_linears
 from q_nn.report import KeptParameter, QuantizedLayer, QuantizeReport
 from q_nn.rules import QRule
@@ -24,6 +27,7 @@ from q_nn.state_hooks import prepare
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineGroups",
     "FourBit",
     "Fp8Rows",
     "Int8Rows",
@@ -31,6 +35,7 @@ __all__ = [
     "Linear4bit",
     "Linear8bitLt",
     "LinearFP4",
+    "LinearGroupedInt",
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",
@@ -43,7 +48,9 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedTensor",
     "StableEmbedding",
+    "SuperGroups",
     "add_lora",
+    "load_foreign",
     "load_into",
     "merge_lora",
     "plan_quantization",
@@ -51,6 +58,7 @@ __all__ = [
     "prepare_ddp",
     "quantize",
     "quantize_module",
+    "read_weights",
     "replace_linears",
     "save_pretrained",
     "weight_bytes",

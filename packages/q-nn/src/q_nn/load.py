@@ -15,7 +15,6 @@ from q_core.specs.check import short
 from q_nn.checkpoint import Checkpoint
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
-from q_nn.readers.directory import quantized_elsewhere
 from q_nn.replace import plan_replacements
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import accepts
@@ -30,7 +29,7 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     Linear layers that the config says are quantized are swapped first (:func:`q_nn.replace_linears`). Parameters are replaced, not copied
     into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied. Keys that
     transformers 5 renames, and tensors an expert that it stacks, are read as it reads them. What GPTQ, AWQ or
-    compressed-tensors quantized is read by :func:`q_nn.readers.load.load_foreign`.
+    compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
     and a model whose parameters are on the meta device (accelerate's ``init_empty_weights`` makes one) is held once.
@@ -47,9 +46,9 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = read_config(source)
-    if quantized_elsewhere(config.get("quantization_config")):
-        from q_nn.readers.load import load_foreign  # which takes from this module
+    from q_nn.readers import load_foreign, quantized_elsewhere  # which take from this module
 
+    if quantized_elsewhere(config.get("quantization_config")):
         load_foreign(model, source)
         return
     swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}

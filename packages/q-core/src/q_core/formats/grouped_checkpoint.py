@@ -1,7 +1,8 @@
 """The flat key layout of weights in groups of integers, which only this package has.
 
 At the key ``layer.weight`` are the codes, at ``layer.weight.<component>`` the other components as :mod:`q_core.formats.grouped_int` has
-them, and at ``layer.weight.quant_state.q__grouped`` the bytes of a JSON object: the class of the format, its fields, ``dtype`` and ``shape``.
+them, and at ``layer.weight.quant_state.q__grouped`` the bytes of a JSON object: "affine" or "super" as ``format``, the fields of that
+format, and the weight's ``dtype`` and ``shape``.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from q_core.layouts import CANONICAL
 from q_core.specs.check import short
 
 _MIN_GROUP = BLOCKSIZES[0]
+_LARGEST_SCALE = 63
+"""Of what SuperGroups holds in 6 bits."""
 _INT4_ZERO = 8
 """What the codes of the op's "int4" stand for is the code less this, in sevenths."""
 
@@ -282,7 +284,26 @@ class SuperGroups(GroupedInt):
         return codes * scale.unsqueeze(-1) + offset.unsqueeze(-1)
 
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
-        raise TypeError(f"{self} is read from GGUF files and not made of dense weights; use AffineGroups or FourBit")
+        """Round to the nearest of each group's range, of which the ends are rounded first; columns are never reordered."""
+        components = self.empty(dense.shape, dense.device)
+        groups = dense.float().unflatten(1, (-1, self.group_size))
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        components["scale"], components["super_scale"] = self._in_blocks((high - low) / 15)
+        components["min"], components["super_min"] = self._in_blocks(-low)
+        scale, offset = self.scale_and_offset(components)
+        assert offset is not None
+        codes = (groups - offset.unsqueeze(-1)) / scale.where(scale > 0, 1.0).unsqueeze(-1)
+        components.update(pack_codes(codes.round().clamp(0, 15).flatten(1).to(torch.uint8), 4))
+        if self.ordered:
+            components["order"] = torch.arange(dense.shape[1], dtype=torch.int32, device=dense.device)
+        return components
+
+    def _in_blocks(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values that aren't negative, in 63rds of the largest of their super-block, and that in float16."""
+        blocks = values.unflatten(1, (-1, self.per_block))
+        shared = (blocks.amax(-1) / _LARGEST_SCALE).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        divisor = shared.float().where(shared > 0, 1.0).unsqueeze(-1)
+        return (blocks / divisor).round().clamp(0, _LARGEST_SCALE).flatten(1).to(torch.uint8), shared
 
 
 def pack_codes(codes: Tensor, bits: int) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def reader_for(config: object) -> Reader:
 
 
 def read_directory(directory: Path, dtype: torch.dtype | None, requantize: WeightFormat | None) -> dict[str, Tensor]:
-    """All tensors of a directory by their keys in the model; see :func:`q_nn.readers.read_weights`."""
+    """All tensors of a directory by their keys in the model; see :func:`q_nn.read_weights`."""
     reader = reader_for(read_config(directory).get("quantization_config"))
     weights = Weights(directory)
     modules: dict[str, list[str]] = {

@@ -65,7 +65,7 @@ _COMPUTED = "rope_freqs.weight"
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None, requantize: WeightFormat | None) -> dict[str, Tensor]:
-    """All tensors of a file, by transformers' names where they are known; see :func:`q_nn.readers.read_weights`."""
+    """All tensors of a file, by transformers' names where they are known; see :func:`q_nn.read_weights`."""
     file = GGUFFile(path)
     architecture = file.metadata.get("general.architecture")
     known = architecture in _ARCHITECTURES

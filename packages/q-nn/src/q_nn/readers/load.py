@@ -15,10 +15,10 @@ from q_core.specs.check import short
 from q_nn.layers import around, replace_module
 from q_nn.linear import Linear8bitLt, QuantizedLinear
 from q_nn.load import representatives
-from q_nn.readers import read_weights
 from q_nn.readers.checks import refuse
 from q_nn.readers.gguf import check_config
 from q_nn.readers.grouped_weight import with_dtype
+from q_nn.readers.read import read_weights
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import install
 
@@ -40,12 +40,12 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
 
     Args:
         model: on the meta device or any other; mutated. Buffers that no checkpoint holds must be real already.
-        source: as for :func:`q_nn.readers.read_weights`.
+        source: as for :func:`q_nn.read_weights`.
         requantize: likewise.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError, TypeError: as :func:`q_nn.readers.read_weights`, or keys or shapes don't fit the model, or a layer can't hold a
+        ValueError, TypeError: as :func:`q_nn.read_weights`, or keys or shapes don't fit the model, or a layer can't hold a
             quantized weight, or the model is sharded; the message names it, and nothing is changed.
     """
     refuse_sharded("load_foreign", model, "load before fully_shard")
