@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AwqConfig, GPTQConfig, LlamaForCausalLM
 
 from q_nn import FourBit, Linear4bit, Linear8bitLt, LinearGroupedInt, QuantizedTensor, load_foreign, load_into, read_weights
 from q_nn.readers import gptq as gptq_reader
@@ -234,8 +236,8 @@ CASES = [
 ]
 
 
-def write(model: LlamaForCausalLM, directory: Path, config: dict[str, Any], pack: Pack) -> dict[str, Tensor]:
-    """Save a model with its layers' linears quantized; gives what they decode to, and puts that into the model."""
+def quantized(model: LlamaForCausalLM, pack: Pack) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's tensors with its layers' linears quantized, and what those decode to, which is put into the model."""
     tensors = dict(model.state_dict())
     decoded: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -245,9 +247,18 @@ def write(model: LlamaForCausalLM, directory: Path, config: dict[str, Any], pack
             tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             decoded[f"{name}.weight"] = made.dense
             module.weight = nn.Parameter(made.dense.to(module.weight.dtype))
+    return tensors, decoded
+
+
+def save(directory: Path, model: LlamaForCausalLM, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     description = {**json.loads(model.config.to_json_string()), "quantization_config": config}
     (directory / "config.json").write_text(json.dumps(description))
+
+
+def write(model: LlamaForCausalLM, directory: Path, config: dict[str, Any], pack: Pack) -> dict[str, Tensor]:
+    tensors, decoded = quantized(model, pack)
+    save(directory, model, tensors, config)
     return decoded
 
 
@@ -303,6 +314,8 @@ def test_the_default_dtype_is_the_scales(make_llama: MakeLlama, tmp_path: Path) 
 Lie = Callable[[dict[str, Tensor]], object]
 NAME = "model.layers.0.mlp.up_proj"
 BY_NAME = {case.id: case for case in CASES}
+TENSORS: dict[str, dict[str, Tensor]] = {}
+"""Of whole checkpoints by case: packing them code by code takes its time."""
 
 
 def put(part: str, change: Callable[[Tensor], Tensor]) -> Lie:
@@ -376,6 +389,12 @@ LIES = [
         None,
         "a target in config_groups",
     ),
+    (
+        "ct-int4",
+        {"config_groups": {"a": {"targets": ["re:["], "weights": INT_GROUP}}},
+        None,
+        "a: targets: '[' is not a regular expression",
+    ),
     ("ct-int4", ct({**GROUP, "strategy": "block"}), None, "strategy is 'block', expected one of ('tensor', 'channel', 'group')"),
     ("ct-int4", ct({**GROUP, "strategy": "channel"}), None, "has the strategy 'channel' and the group_size 64, expected both"),
     ("ct-int4", ct({**GROUP, "type": "float"}), None, "type is 'float', expected one of ('int',)"),
@@ -405,12 +424,13 @@ def test_contradictions(
     make_llama: MakeLlama, tmp_path: Path, name: str, changes: dict[str, Any], lie: Lie | None, message: str
 ) -> None:
     config, pack = BY_NAME[name].values[:2]
-    write(make_llama(), tmp_path, {**config, **changes}, pack)
-    if lie is not None:
-        tensors = load_file(tmp_path / "model.safetensors")
-        lie(tensors)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     model = make_llama()
+    if name not in TENSORS:
+        TENSORS[name], _ = quantized(make_llama(), pack)
+    tensors = dict(TENSORS[name])
+    if lie is not None:
+        lie(tensors)
+    save(tmp_path, model, tensors, {**config, **changes})
     before = {key: id(parameter) for key, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match=re.escape(message)):
         load_foreign(model, tmp_path)
@@ -494,3 +514,64 @@ def test_what_the_compressed_tensors_package_writes(
     expected = peer.decompress(compressed, scheme)["weight"]
     assert read.dtype == expected.dtype == torch.float32
     assert ((read.dequantize() - expected).abs() <= NEAR * expected.abs()).all()
+
+
+def test_settings_as_transformers_writes_them() -> None:
+    gptq_config = GPTQConfig(bits=4, group_size=64, desc_act=True, sym=False)
+    assert gptq_reader.GPTQ.from_dict(json.loads(json.dumps(gptq_config.to_dict()))) == gptq_reader.GPTQ(4, 64, True, False, 1)
+    awq_config = AwqConfig(bits=4, group_size=32)
+    assert reader_for(json.loads(json.dumps(awq_config.to_dict()))) == reader_for({**AWQ, "group_size": 32})
+
+
+def test_a_scheme_that_names_layers_goes_first() -> None:
+    config = ct(GROUP)
+    named = {"targets": ["re:.*down_proj", "0.mlp.up_proj"], "weights": {**INT_GROUP, "symmetric": False}}
+    config["config_groups"]["group_1"] = named
+    reader = reader_for(config)
+    made = affine(torch.randn(8, 128), 64)
+    for name, zeros in (("model.layers.0.mlp.up_proj", True), ("a.down_proj", True), ("model.layers.10.mlp.up_proj", False)):
+        weight = reader.read(Parts(name, packed(made, zeros=zeros)))
+        assert (weight.zero is not None) == zeros
+        with pytest.raises(ValueError, match="weight_zero_point"):
+            reader.read(Parts(name, packed(made, zeros=not zeros)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_scale_for_a_whole_weight(symmetric: bool) -> None:
+    codes = torch.randint(-128, 128, (5, 64), dtype=torch.int8)
+    tensors = {"weight": codes, "weight_scale": torch.tensor([0.25])}
+    if not symmetric:
+        tensors["weight_zero_point"] = torch.tensor([3], dtype=torch.int8)
+    reader = reader_for(ct({"num_bits": 8, "strategy": "tensor", "symmetric": symmetric}, "int-quantized"))
+    weight = reader.read(Parts("x", tensors)).quantized()
+    torch.testing.assert_close(weight.dequantize(), (codes.float() - (0 if symmetric else 3)) * 0.25, rtol=NEAR, atol=0)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["group", "gptq", "re:(", 4, 64, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(config=st.sampled_from([GPTQ, AWQ, ct(GROUP)]), value=JSON, data=st.data())
+def test_whatever_settings_say_they_are_refused_or_read(config: dict[str, Any], value: object, data: st.DataObject) -> None:
+    config = json.loads(json.dumps(config))
+    places: list[dict[str, Any]] = [config]
+    if "config_groups" in config:
+        places += [config["config_groups"], config["config_groups"]["group_0"], config["config_groups"]["group_0"]["weights"]]
+    place = data.draw(st.sampled_from(places))
+    place[data.draw(st.sampled_from([*place, "format", "dynamic", "other"]))] = value
+    try:
+        reader = reader_for(config)
+    except (ValueError, TypeError):
+        return
+    layer = Parts("model.layers.0.mlp.up_proj", {part: torch.zeros(8, 8, dtype=torch.int32) for part in reader.parts})
+    with pytest.raises(ValueError, match="model"):
+        reader.read(layer)

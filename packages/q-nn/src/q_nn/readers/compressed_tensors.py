@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from q_core.formats.weight_format import WEIGHT_DTYPES
+from q_nn.patterns import check_patterns
 from q_nn.readers.checks import Parts, Settings, refuse
 from q_nn.readers.grouped_weight import GroupedWeight, unpack_words
 
@@ -52,6 +53,9 @@ class Scheme:
         targets = scheme.take("targets")
         if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
             refuse(f"{where}: targets", f"is {targets!r}", "names of layers")
+        for target in targets:
+            if target.startswith("re:"):
+                check_patterns(f"{where}: targets", (target.removeprefix("re:"),))
         packed = (scheme.choice("format", (_PACKED, *_PLAIN, None)) or format) == _PACKED
         weights = Settings(f"{where}: weights", scheme.take("weights"))
         scheme.ignore("input_activations", "output_activations")
