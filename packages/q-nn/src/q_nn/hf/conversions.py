@@ -91,10 +91,11 @@ class Assemble(ConversionOps):  # type: ignore[misc]
 def assembling_converters(plan: Plan) -> list[WeightConverter]:
     """Converters that find the parts of quantized parameters in a checkpoint.
 
-    There is one for all parameters whose names end alike, such as "q_proj.weight": what that end matches in a key, it replaces.
+    There is one for all parameters whose names end alike, such as "q_proj.weight": what that end matches in a key, it replaces. The first
+    that matches a key gets it: "experts.down_proj.SCB" is of the stacked "experts.down_proj", before it can be of a "down_proj.weight".
     """
-    ends = sorted({".".join(name.split(".")[-2:]) for name in plan.formats})
-    return [_converter(plan, end) for end in ends]
+    ends = {".".join(name.split(".")[-2:]) for name in plan.formats}
+    return [_converter(plan, end) for end in sorted(ends, key=lambda end: (end.endswith(".weight"), end))]
 
 
 def _converter(plan: Plan, end: str) -> WeightConverter:
