@@ -141,9 +141,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged(load: Callable[..., PreTrai
 
 
 @formats
-def test_adapters_are_saved_and_loaded(
-    load: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, config: QConfig
-) -> None:
+def test_adapters_are_saved_and_loaded(load: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, config: QConfig) -> None:
     model = adapted(load(config), init_lora_weights=False)
     model.save_pretrained(tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}

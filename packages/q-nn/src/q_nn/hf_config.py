@@ -18,7 +18,8 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.describe import describe
+from q_nn.config import QUANT_METHOD, QConfig
+from q_nn.describe import describe, quantized_weights
 from q_nn.linear import Activations, Linear8bitLt
 from q_nn.patterns import check_patterns, matching
 
@@ -87,6 +88,17 @@ class BitsAndBytesConfig:
         return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), "native", skip)
 
 
+def read_quantization_config(config: Any) -> BitsAndBytesConfig | QConfig:
+    """Read either dialect.
+
+    Raises:
+        ValueError, TypeError: a key is unknown, or a value isn't supported; the message names it.
+    """
+    if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
+        return QConfig.from_dict(config)
+    return BitsAndBytesConfig.from_dict(config)
+
+
 def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
     """Describe a model's quantized layers: in bitsandbytes' dialect if that can say it, else in ours; ``None`` if it has none.
 
@@ -122,7 +134,7 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
 def _all_in_dialect(model: nn.Module) -> bool:
     """Whether all that is quantized are linear layers in formats of bitsandbytes'."""
     for module in model.modules():
-        formats = [parameter.format for parameter in module._parameters.values() if isinstance(parameter, QuantizedTensor)]
+        formats = [weight.format for weight in quantized_weights(module).values()]
         if formats and not isinstance(module, nn.Linear):
             return False
         for format in formats:
