@@ -23,7 +23,6 @@ from q_nn import (
     LinearNF4,
     LoRAConfig,
     QConfig,
-    QRule,
     add_lora,
     load_into,
     quantize,
@@ -37,7 +36,6 @@ CONFIGS = [
     QConfig("fp4", blocksize=32, double_quant=False),
     QConfig("int8"),
     QConfig(skip=("lm_head", "down_proj")),
-    QConfig("fp4", rules=(QRule(".*self_attn", "int8"), QRule("1.mlp.up_proj", None))),
 ]
 
 
@@ -214,6 +212,11 @@ def test_what_cannot_be_saved(make_llama: MakeLlama, tmp_path: Path) -> None:
     model = make_llama()
     add_lora(model, LoRAConfig())
     with pytest.raises(ValueError, match="merge_lora"):
+        save_pretrained(model, tmp_path)
+    model = make_llama()
+    quantize(model, QConfig("int8", skip=("lm_head", ".*self_attn")))
+    quantize(model, QConfig("nf4"))
+    with pytest.raises(ValueError, match="one kind only"):
         save_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match="meta device"):
         save_pretrained(make_llama().to("meta"), tmp_path)

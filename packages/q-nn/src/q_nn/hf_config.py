@@ -18,7 +18,6 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.config import QUANT_METHOD, QConfig
 from q_nn.describe import describe, quantized_weights
 from q_nn.linear import Activations, Linear8bitLt
 from q_nn.patterns import check_patterns, matching
@@ -86,17 +85,6 @@ class BitsAndBytesConfig:
         if quant_type not in _QUANT_TYPES:
             raise ValueError(f"quantization_config: bnb_4bit_quant_type is {quant_type!r}, expected one of {_QUANT_TYPES}")
         return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), "native", skip)
-
-
-def read_quantization_config(config: Any) -> BitsAndBytesConfig | QConfig:
-    """Read either dialect.
-
-    Raises:
-        ValueError, TypeError: a key is unknown, or a value isn't supported; the message names it.
-    """
-    if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
-        return QConfig.from_dict(config)
-    return BitsAndBytesConfig.from_dict(config)
 
 
 def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from q_core.formats.checkpoint import flat_keys, from_flat
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn.hf_config import read_quantization_config
+from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
 from q_nn.replace import plan_replacements
 from q_nn.save import CONFIG, INDEX, WEIGHTS
@@ -42,9 +42,9 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = _read_json(source / CONFIG)
-    swaps: dict[str, tuple[nn.Module, nn.Module]] = {}
+    swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}
     if config.get("quantization_config") is not None:
-        swaps = plan_replacements(model, read_quantization_config(config["quantization_config"]))
+        swaps = plan_replacements(model, BitsAndBytesConfig.from_dict(config["quantization_config"]))
     slots = dict(_slots(model, swaps))
     _check_all_real(model, slots)
     values = _fit(slots, _representatives(model, slots), _read_weights(source))
@@ -59,7 +59,7 @@ Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of a tensor in it, and the tensor that is there now."""
 
 
-def _slots(model: nn.Module, swaps: dict[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, Slot]]:
+def _slots(model: nn.Module, swaps: dict[str, tuple[nn.Linear, nn.Linear]]) -> Iterator[tuple[str, Slot]]:
     """All that a checkpoint must hold, by key, as it will be after the swaps."""
     future = {id(old): new for old, new in swaps.values()}
     for prefix, present in model.named_modules(remove_duplicate=False):

@@ -8,14 +8,10 @@ from typing import Any
 from torch import nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn.config import QConfig
-from q_nn.convert import kind_of, rebuild
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
 from q_nn.linear import Linear8bitLt
 from q_nn.patterns import matching
-from q_nn.plan import plan_quantization
-from q_nn.rules import QRule
 from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
 
@@ -47,37 +43,21 @@ def replace_linears(
 
 
 def plan_replacements(
-    model: nn.Module, config: BitsAndBytesConfig | QConfig, linear_types: Sequence[type[nn.Linear]] = (nn.Linear,)
-) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The modules to swap and what for, by name; nothing is changed."""
-    if isinstance(config, QConfig):
-        return {
-            name: (model.get_submodule(name), _empty_module(model.get_submodule(name), rule))
-            for layer in plan_quantization(model, config).layers
-            for name, rule in zip(layer.names, layer.rules, strict=True)
-        }
+    model: nn.Module, config: BitsAndBytesConfig, linear_types: Sequence[type[nn.Linear]] = (nn.Linear,)
+) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+    """The layers to swap and what for, by name; nothing is changed."""
     skip = [
         *(_default_skips(model) if config.skip is None else config.skip),
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
     ]
     tied = tied_parameters(model)
-    chosen: dict[str, tuple[nn.Module, nn.Module]] = {}
+    chosen: dict[str, tuple[nn.Linear, nn.Linear]] = {}
     for name, module in model.named_modules():
         if type(module) not in linear_types or matching(name, skip) is not None or f"{name}.weight" in tied:
             continue
         assert isinstance(module, nn.Linear)
         chosen[name] = module, _empty_layer(module, config)
     return chosen
-
-
-def _empty_module(module: nn.Module, rule: QRule) -> nn.Module:
-    kind, format = kind_of(module), rule.weight_format()
-    assert kind is not None and format is not None
-    weights = {}
-    for own in kind.weights:
-        dense = module.get_parameter(own)
-        weights[own] = QuantizedTensor.empty(dense.shape, format, dtype=dense.dtype, device=dense.device)
-    return rebuild(module, weights, rule)
 
 
 def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
