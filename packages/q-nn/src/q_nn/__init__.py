@@ -7,11 +7,17 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
 from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
+from q_nn.disk import quantize_checkpoint
+from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
+from q_nn.estimate import Estimate, estimate
 from q_nn.experts import QuantizedExperts
-from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
+from q_nn.linear_int8 import LinearInt8
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
-from q_nn.memory import weight_bytes
+from q_nn.memory import MemoryReport, MemoryRow, memory_report, weight_bytes
+from q_nn.peak import PeakMemory, measure_peak
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.quantize import quantize
 from q_nn.replace import replace_linears
@@ -24,6 +30,11 @@ from q_nn.state_hooks import prepare
 __version__ = "0.1.0"
 
 __all__ = [
+    "Estimate",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
     "FourBit",
     "Fp8Rows",
     "Int8Rows",
@@ -31,9 +42,13 @@ __all__ = [
     "Linear4bit",
     "Linear8bitLt",
     "LinearFP4",
+    "LinearInt8",
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",
+    "MemoryReport",
+    "MemoryRow",
+    "PeakMemory",
     "PlannedLayer",
     "QConfig",
     "QRule",
@@ -44,12 +59,16 @@ __all__ = [
     "QuantizedTensor",
     "StableEmbedding",
     "add_lora",
+    "estimate",
     "load_into",
+    "measure_peak",
+    "memory_report",
     "merge_lora",
     "plan_quantization",
     "prepare",
     "prepare_ddp",
     "quantize",
+    "quantize_checkpoint",
     "quantize_module",
     "replace_linears",
     "save_pretrained",

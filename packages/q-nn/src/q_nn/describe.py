@@ -17,7 +17,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_nn.config import QConfig
 from q_nn.convert import EMBEDDING, kind_of
-from q_nn.linear import Linear8bitLt
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.rules import FormatName, QRule
 
 
@@ -51,6 +51,8 @@ def describe(model: nn.Module) -> QConfig | None:
             names[alike.pop()].append(name)
             if isinstance(module, nn.Embedding):
                 embeddings.add(name)
+        elif isinstance(module, Linear8bitLt):
+            raise ValueError(f"save: {name} holds its weight dense, to train it, which q_nn.QConfig has no word for")
         elif (kind := kind_of(module)) is not None and kind is not EMBEDDING:
             dense.append(name)
     if not names:
@@ -100,8 +102,9 @@ def _held(name: str, module: nn.Module, format: WeightFormat) -> _Held:
         nested = format.nested_blocksize is not None
         return _Held(format.quant_type, format.blocksize, nested)
     if isinstance(format, Int8Rows):
-        rounds = isinstance(module, Linear8bitLt)
-        return _Held("int8", threshold=getattr(module, "threshold", 0.0)) if rounds else _Held("int8_weight_only")
+        if isinstance(module, Linear8bitLt):
+            return _Held("int8", threshold=module.threshold)
+        return _Held("int8_weight_only")
     if isinstance(format, Fp8Rows):
         return _Held("fp8")
     raise ValueError(f"save: {name} is held as {format}, which q_nn.QConfig has no word for")

@@ -11,7 +11,7 @@ from q_core.formats.fp8_rows import Fp8Rows
 from q_nn.config import QConfig
 from q_nn.convert import LINEAR, quantize_weights, rebuild
 from q_nn.memory import tensor_bytes, weight_bytes
-from q_nn.plan import PlannedLayer, plan_quantization
+from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.report import QuantizedLayer, QuantizeReport
 from q_nn.sharded import refuse_sharded
 
@@ -46,11 +46,15 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
     plan = plan_quantization(model, config)
     for layer in plan.layers:
         _check_weights(model, layer)
+    return apply_plan(model, plan, progress=progress)
+
+
+def apply_plan(model: nn.Module, plan: QuantizePlan, *, progress: bool = False) -> QuantizeReport:
+    """Quantize what was planned, of values that were checked. A model on the meta device becomes the quantized one there."""
     before = weight_bytes(model)
     places = _places(model)
     done = [
-        _quantize_layer(model, layer, places)
-        for layer in tqdm(plan.layers, desc=f"quantize to {config.format}", unit="layer", disable=not progress)
+        _quantize_layer(model, layer, places) for layer in tqdm(plan.layers, desc="quantize", unit="layer", disable=not progress)
     ]
     return QuantizeReport(tuple(done), plan.kept, before, weight_bytes(model))
 
