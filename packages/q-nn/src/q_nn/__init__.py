@@ -10,6 +10,7 @@ from q_nn.linear8bit import Linear8bitLt
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes
+from q_nn.outlier_aware import OutlierAwareLinear, observe_outliers
 from q_nn.quantize import KeptParameter, QuantizedLayer, QuantizeReport, quantize
 from q_nn.replace import replace_linears
 from q_nn.save import save_pretrained
@@ -28,6 +29,7 @@ __all__ = [
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",
+    "OutlierAwareLinear",
     "QConfig",
     "QuantizeReport",
     "QuantizedLayer",
@@ -36,6 +38,7 @@ __all__ = [
     "add_lora",
     "load_into",
     "merge_lora",
+    "observe_outliers",
     "prepare",
     "prepare_ddp",
     "quantize",
