@@ -1,5 +1,7 @@
-// Mixtures of experts: tokens are brought to their experts, the experts' products are those of the gemm families, and the results are
-// brought back. Tokens are taken kTokensAtOnce at a time, which bounds what is kept between the steps.
+// Mixtures of experts: tokens are brought to their experts, the experts' products are those of the gemm families, and the results
+// are brought back. What is kept between the steps is bounded twice: tokens are taken as many at a time as have sums of kSumBytes,
+// and their pairs as many as have inputs and results of kPairBytes. An expert's weight is read once for each such run of its pairs,
+// which pays as long as those are dozens.
 
 #include "moe.h"
 
@@ -18,8 +20,11 @@ namespace q_cpu {
 
 namespace {
 
-constexpr int64_t kTokensAtOnce = 1024;
-constexpr int64_t kRowsAtOnce = 64;  // of an expert's weight that a thread takes, and decodes if they are fp8
+constexpr int64_t kSumBytes = int64_t{3} << 20;
+constexpr int64_t kPairBytes = int64_t{5} << 19;
+constexpr int64_t kFewest = 16;         // tokens, or pairs, that are taken at once however large they are
+constexpr int64_t kRowsAtOnce = 64;     // of an expert's weight that a thread takes, and decodes if they are fp8
+constexpr int64_t kColumnsAtOnce = 64;  // of the sums that a thread takes
 
 void route_topk(py::handle logits, int64_t T, int64_t E, int64_t k, bool sigmoid, bool renormalize, py::handle weights,
                 py::handle ids) {
@@ -73,7 +78,8 @@ class ExpertWeights {
     data_ = view.data<const uint8_t>();
     scales_ = scales;
     if (scales > 0) {
-      scale_ = TensorView(scale, {op, scale_name.c_str()}).of(Scalar::f32).sized(checked_product(op, E, scales)).data<const float>();
+      scale_ =
+          TensorView(scale, {op, scale_name.c_str()}).of(Scalar::f32).sized(checked_product(op, E, scales)).data<const float>();
     }
   }
 
@@ -126,11 +132,11 @@ class ExpertWeights {
 // The pairs of a token and an expert, by expert, in the tokens' order.
 struct Pairs {
   std::vector<int64_t> tokens;   // of each pair
-  std::vector<int64_t> of;       // the pair of each token and place among its experts; -1 where it is skipped
+  std::vector<float> weights;    // of each pair
   std::vector<int64_t> experts;  // that have pairs
   std::vector<int64_t> starts;   // the first pair of each of them, and the end
 
-  Pairs(const int32_t* ids_Tk, int64_t T, int64_t k, int64_t E) : of(static_cast<size_t>(T * k), -1) {
+  Pairs(const int32_t* ids_Tk, const float* weights_Tk, int64_t T, int64_t k, int64_t E) {
     std::vector<int64_t> next(static_cast<size_t>(E) + 1);
     for (int64_t i = 0; i < T * k; ++i) {
       if (ids_Tk[i] >= 0) ++next[static_cast<size_t>(ids_Tk[i]) + 1];
@@ -144,29 +150,55 @@ struct Pairs {
     }
     starts.push_back(next[E]);
     tokens.resize(static_cast<size_t>(next[E]));
+    weights.resize(tokens.size());
     for (int64_t i = 0; i < T * k; ++i) {
       if (ids_Tk[i] < 0) continue;
-      of[i] = next[ids_Tk[i]]++;
-      tokens[of[i]] = i / k;
+      const int64_t pair = next[ids_Tk[i]]++;
+      tokens[pair] = i / k;
+      weights[pair] = weights_Tk[i];
     }
   }
-
-  int64_t count() const { return static_cast<int64_t>(tokens.size()); }
 };
 
-// Shares the rows of all experts with pairs out, and multiplies each with its pairs: x [P, columns] to out [P, rows].
-void multiply_experts(const ExpertWeights& weights, const Pairs& pairs, int64_t rows, int64_t columns, const uint8_t* x,
+// Pairs that are computed together: whole experts, or a part of one that has too many.
+struct Run {
+  struct Part {
+    int64_t expert, start, end;  // pairs
+  };
+  std::vector<Part> parts;
+
+  int64_t start() const { return parts.front().start; }
+  int64_t count() const { return parts.back().end - parts.front().start; }
+};
+
+// Cuts the pairs into runs of at most `most`. An expert with more is cut evenly, so that no part is left with few.
+std::vector<Run> runs_of(const Pairs& pairs, int64_t most) {
+  std::vector<Run> runs;
+  for (size_t i = 0; i < pairs.experts.size(); ++i) {
+    const int64_t first = pairs.starts[i], count = pairs.starts[i + 1] - first;
+    const int64_t parts = (count + most - 1) / most;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t start = first + count * part / parts, end = first + count * (part + 1) / parts;
+      if (runs.empty() || end - runs.back().start() > most) runs.emplace_back();
+      runs.back().parts.push_back({pairs.experts[i], start, end});
+    }
+  }
+  return runs;
+}
+
+// Shares the rows of a run's experts out, and multiplies each with its pairs: x [P, columns] to out [P, rows].
+void multiply_experts(const ExpertWeights& weights, const Run& run, int64_t rows, int64_t columns, const uint8_t* x,
                       int64_t x_row_bytes, uint8_t* out, int64_t out_row_bytes, Float out_dtype) {
   const int64_t pieces = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  const int64_t experts = static_cast<int64_t>(pairs.experts.size());
+  const int64_t experts = static_cast<int64_t>(run.parts.size());
   parallel_for(experts * pieces, kRowsAtOnce * columns, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last;) {
       const int64_t which = unit / pieces;
       const int64_t end = std::min(last, (which + 1) * pieces);
-      const int64_t start = pairs.starts[which];
-      weights.multiply(pairs.experts[which], x + start * x_row_bytes, pairs.starts[which + 1] - start,
-                       (unit - which * pieces) * kRowsAtOnce, std::min(rows, (end - which * pieces) * kRowsAtOnce),
-                       out + start * out_row_bytes, out_dtype);
+      const Run::Part& part = run.parts[which];
+      const int64_t skipped = part.start - run.start();
+      weights.multiply(part.expert, x + skipped * x_row_bytes, part.end - part.start, (unit - which * pieces) * kRowsAtOnce,
+                       std::min(rows, (end - which * pieces) * kRowsAtOnce), out + skipped * out_row_bytes, out_dtype);
       unit = end;
     }
   });
@@ -195,24 +227,40 @@ void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weig
   }
 
   const Kernels& all = kernels();
-  const int64_t most = std::min(T, kTokensAtOnce) * k;
+  const bool sums_in_place = dtype == Float::f32;  // or beside the result, whose type is too coarse to add up in
+  const int64_t tokens_at_once = std::min(T, std::max(kFewest, kSumBytes / (K * 4)));
+  const int64_t intermediate_bytes = std::max(2 * N * size, K * 4);  // of a pair's gate and up, and of its result later
+  const int64_t pair_bytes = K * size + intermediate_bytes + N * size;
+  const int64_t pairs_at_once = std::min(tokens_at_once * k, std::max(kFewest, kPairBytes / pair_bytes));
   const auto buffer = [](int64_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(bytes)]); };
-  const auto tokens = buffer(most * K * size);
-  const auto gate_up = buffer(most * 2 * N * size);
-  const auto hidden = buffer(most * N * size);
-  const auto results = buffer(most * K * 4);
-  for (int64_t begin = 0; begin < T; begin += kTokensAtOnce) {
-    const int64_t count = std::min(kTokensAtOnce, T - begin);
-    const Pairs pairs(ids + begin * k, count, k, E);
-    const GatherTokens gather{in.data<const uint8_t>() + begin * K * size, pairs.tokens.data(), K * size, tokens.get()};
-    parallel_for(pairs.count(), K, [&](int64_t first, int64_t last) { all.moe->gather_tokens(gather, first, last); });
-    multiply_experts(first_weights, pairs, 2 * N, K, tokens.get(), K * size, gate_up.get(), 2 * N * size, dtype);
-    const SiluAndMul gate{gate_up.get(), 2 * N, pairs.count(), N, hidden.get(), dtype};
-    parallel_for(pairs.count(), 2 * N, [&](int64_t first, int64_t last) { all.norm->silu_and_mul(gate, first, last); });
-    multiply_experts(second_weights, pairs, K, N, hidden.get(), N * size, results.get(), K * 4, Float::f32);
-    const CombineExperts combine{reinterpret_cast<const float*>(results.get()), pairs.of.data(), weights + begin * k, K, k,
-                                 result + begin * K * size, dtype};
-    parallel_for(count, K * k, [&](int64_t first, int64_t last) { all.moe->combine_experts(combine, first, last); });
+  const auto inputs = buffer(pairs_at_once * K * size);
+  const auto intermediate = buffer(pairs_at_once * intermediate_bytes);
+  const auto hidden = buffer(pairs_at_once * N * size);
+  const auto sums_beside = buffer(sums_in_place ? 0 : tokens_at_once * K * 4);
+  for (int64_t begin = 0; begin < T; begin += tokens_at_once) {
+    const int64_t count = std::min(tokens_at_once, T - begin);
+    const Pairs pairs(ids + begin * k, weights + begin * k, count, k, E);
+    uint8_t* const block = result + begin * K * size;
+    float* const sums = reinterpret_cast<float*>(sums_in_place ? block : sums_beside.get());
+    std::memset(sums, 0, static_cast<size_t>(count * K * 4));
+    for (const Run& run : runs_of(pairs, pairs_at_once)) {
+      const int64_t P = run.count();
+      const int64_t* tokens = pairs.tokens.data() + run.start();
+      const GatherTokens gather{in.data<const uint8_t>() + begin * K * size, tokens, K * size, inputs.get()};
+      parallel_for(P, K, [&](int64_t first, int64_t last) { all.moe->gather_tokens(gather, first, last); });
+      multiply_experts(first_weights, run, 2 * N, K, inputs.get(), K * size, intermediate.get(), 2 * N * size, dtype);
+      const SiluAndMul gate{intermediate.get(), 2 * N, P, N, hidden.get(), dtype};
+      parallel_for(P, 2 * N, [&](int64_t first, int64_t last) { all.norm->silu_and_mul(gate, first, last); });
+      multiply_experts(second_weights, run, K, N, hidden.get(), N * size, intermediate.get(), K * 4, Float::f32);
+      const AddWeighted add{
+          reinterpret_cast<const float*>(intermediate.get()), tokens, pairs.weights.data() + run.start(), P, K, sums};
+      parallel_for((K + kColumnsAtOnce - 1) / kColumnsAtOnce, P * kColumnsAtOnce, [&](int64_t first, int64_t last) {
+        all.moe->add_weighted(add, first * kColumnsAtOnce, std::min(K, last * kColumnsAtOnce));
+      });
+    }
+    if (sums_in_place) continue;
+    const RoundSums round{sums, block, dtype};
+    parallel_for(count * K, 1, [&](int64_t first, int64_t last) { all.moe->round_sums(round, first, last); });
   }
 }
 

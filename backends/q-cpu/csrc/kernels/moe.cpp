@@ -88,28 +88,23 @@ void gather_tokens(const GatherTokens& a, int64_t first, int64_t last) {
   }
 }
 
-// A token's results are summed in the order of its experts, whatever order they were computed in.
-void combine_experts(const CombineExperts& a, int64_t first, int64_t last) {
-  float sums[kRun];
-  for (int64_t t = first; t < last; ++t) {
-    for (int64_t k = 0; k < a.K; k += kRun) {
-      const int64_t count = smaller(kRun, a.K - k);
-      memset(sums, 0, sizeof sums);
-      for (int64_t j = 0; j < a.k; ++j) {
-        const int64_t pair = a.pairs_Tk[t * a.k + j];
-        if (pair < 0) continue;
-        const float weight = a.weights_Tk[t * a.k + j];
-        const float* result = a.results_PK + pair * a.K + k;
-        for (int64_t i = 0; i < count; ++i) sums[i] += weight * result[i];
-      }
-      store(sums, count, a.out_TK, a.dtype, t * a.K + k);
-    }
+// A token's results are summed in the order of its pairs, by expert, however they are cut into runs and columns.
+void add_weighted(const AddWeighted& a, int64_t first, int64_t last) {
+  for (int64_t p = 0; p < a.P; ++p) {
+    const float weight = a.weights_P[p];
+    const float* result = a.results_PK + p * a.K;
+    float* sums = a.sums_TK + a.tokens_P[p] * a.K;
+    for (int64_t k = first; k < last; ++k) sums[k] += weight * result[k];
   }
+}
+
+void round_sums(const RoundSums& a, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += kRun) store(a.sums + i, smaller(kRun, last - i), a.out, a.dtype, i);
 }
 
 }  // namespace
 
 extern const MoeKernels moe_kernels;
-const MoeKernels moe_kernels = {route_topk, decode_fp8, gather_tokens, combine_experts};
+const MoeKernels moe_kernels = {route_topk, decode_fp8, gather_tokens, add_weighted, round_sums};
 
 }  // namespace q_cpu::Q_CPU_LEVEL

@@ -1,6 +1,7 @@
 // Mixtures of experts: the router's choice, and what stands around the experts' products.
 //
-// Letters: T tokens, E experts, K features, k experts a token. A pair is a token and one of its experts; pairs are ordered by expert.
+// Letters: T tokens, E experts, K features, k experts a token. A pair is a token and one of its experts; pairs are ordered by
+// expert.
 
 #pragma once
 
@@ -14,7 +15,7 @@ struct RouteTopk {
   const void* logits_TE;
   Float dtype;
   int64_t T, E, k;  // E at most kMaxExperts
-  bool sigmoid;  // else softmax
+  bool sigmoid;     // else softmax
   bool renormalize;
   float* weights_Tk;
   int32_t* ids_Tk;
@@ -36,21 +37,28 @@ struct GatherTokens {
   void* out_PK;
 };
 
-struct CombineExperts {
+// Adds each pair's result, times its weight, to its token's sum.
+struct AddWeighted {
   const float* results_PK;
-  const int64_t* pairs_Tk;  // negative: skipped
-  const float* weights_Tk;
-  int64_t K, k;
-  void* out_TK;
+  const int64_t* tokens_P;
+  const float* weights_P;
+  int64_t P, K;
+  float* sums_TK;
+};
+
+struct RoundSums {
+  const float* sums;
+  void* out;
   Float dtype;
 };
 
 struct MoeKernels {
-  // Ranges of tokens, of rows, of pairs, and of tokens.
+  // Ranges of tokens, of rows, of pairs, of columns, and of elements.
   void (*route_topk)(const RouteTopk&, int64_t first, int64_t last);
   void (*decode_fp8)(const DecodeFp8&, int64_t first, int64_t last);
   void (*gather_tokens)(const GatherTokens&, int64_t first, int64_t last);
-  void (*combine_experts)(const CombineExperts&, int64_t first, int64_t last);
+  void (*add_weighted)(const AddWeighted&, int64_t first, int64_t last);
+  void (*round_sums)(const RoundSums&, int64_t first, int64_t last);
 };
 
 }  // namespace q_cpu
