@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -131,6 +132,20 @@ def test_what_can_not_be_adapted_is_refused(settings: dict[str, Any], message: s
     with pytest.raises(ValueError, match=message):
         add_lora(model, LoRAConfig(**settings))
     assert_unchanged(model, before)
+
+
+def test_a_model_that_does_not_know_its_embeddings() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError  # as transformers does for some
+
+    model = Model()
+    add_lora(model, LoRAConfig())
+    assert adapted(model) == {"layer"}
 
 
 def test_conv1d_of_gpt2_is_refused_by_name() -> None:
@@ -437,13 +452,33 @@ def test_settings_of_an_int8_layer_stay_when_merged(fill: Fill) -> None:
 
 
 def test_merging_adds_the_active_adapters_alone(fill: Fill) -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8), Linear4bit(8, 5)).eval()
+    untouched = model[2].weight.dequantize()
     x = torch.randn(3, 64)
-    for name, target in (("a", "all-linear"), ("b", ("0",)), ("c", ("1",))):
+    for name, target in (("a", ("0", "1")), ("b", "all-linear"), ("c", ("1",))):
         add_lora(model, LoRAConfig(target=target), name=name)
     fill(model)
     set_lora(model, ("a", "c"))
     expected = model(x)
+    merge_lora(model, reversible=True)
+    torch.testing.assert_close(model(x), expected)
+    assert model[2].merged_layer is None
+    unmerge_lora(model)
+    merge_lora(model)
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model[2].weight.dequantize(), untouched)
+
+
+def test_a_base_whose_forward_was_replaced(fill: Fill) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).eval()
+    add_hook_to_module(model[1], AlignDevicesHook(io_same_device=True))
+    add_lora(model, LoRAConfig())
+    fill(model)
+    x = torch.randn(3, 64)
+    before, expected = snapshot(model), model(x)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        merge_lora(model, reversible=True)
+    assert_unchanged(model, before)
     merge_lora(model)
     torch.testing.assert_close(model(x), expected)
 
