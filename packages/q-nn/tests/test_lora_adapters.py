@@ -223,6 +223,15 @@ def test_config_is_checked(settings: dict[str, Any], error: type[Exception]) -> 
         LoRAConfig(**settings)
 
 
+def test_config_is_a_value() -> None:
+    ranks = {"a": 2}
+    config = LoRAConfig(rank_pattern=ranks)
+    same = LoRAConfig(rank_pattern={"a": 2})
+    ranks["a"] = 3
+    assert config == same != LoRAConfig(rank_pattern=ranks)
+    assert hash(config) == hash(same)
+
+
 # --- several adapters -----------------------------------------------------------------------------------------------------
 
 
