@@ -19,7 +19,7 @@ from q_nn import LoRAConfig, LoRALinear, QConfig, add_lora, disable_lora, merge_
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
-formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int8"])
+formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int4", "mxfp4", "nvfp4", "int8", "int8_weight_only"])
 kinds = pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}], ids=str)
 
 
@@ -44,7 +44,7 @@ def layer_with(config: LoRAConfig, fill: Fill, format: Any = None, *, bias: bool
 
 
 @kinds
-@pytest.mark.parametrize("format", [None, "nf4", "fp4"])
+@pytest.mark.parametrize("format", [None, "nf4", "fp4", "mxfp4", "int8_weight_only"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_equals_the_definition_in_float64(kind: Any, format: Any, bias: bool, fill: Fill) -> None:
     """LoRA: x (W + s B A)ᵀ + b. DoRA: the rows of W + s B A at the lengths that were learned."""

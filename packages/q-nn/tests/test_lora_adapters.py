@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn import (
     Linear4bit,
+    Linear8bitLt,
     LoRAConfig,
     LoRALinear,
     QConfig,
@@ -37,7 +38,8 @@ from q_nn.lora import TrainedModule
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
-formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int8"])
+FORMATS = [None, "nf4", "fp4", "int4", "nvfp4", "int8", "int8_weight_only"]
+formats = pytest.mark.parametrize("format", FORMATS)
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -449,15 +451,31 @@ def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format
 
 def test_settings_of_an_int8_layer_stay_when_merged(fill: Fill) -> None:
     model = nn.Sequential(nn.Linear(64, 32))
-    quantize(model, QConfig("int8"))
-    model[0].activations = "native"
+    quantize(model, QConfig("int8", threshold=6.0))
     add_lora(model, LoRAConfig())
     fill(model)
     merge_lora(model, reversible=True)
-    assert model[0].merged_layer.activations == "native"
+    assert model[0].merged_layer.threshold == 6.0
     unmerge_lora(model)
     merge_lora(model)
-    assert model[0].activations == "native"
+    assert model[0].threshold == 6.0
+
+
+def test_a_base_with_weights_of_its_own_to_train(fill: Fill) -> None:
+    """LLM.int8() of dense weights, which adapters freeze."""
+    model = nn.Sequential(Linear8bitLt(64, 32, has_fp16_weights=True)).eval()
+    base = model[0].weight.detach().clone()
+    add_lora(model, LoRAConfig())
+    fill(model)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    expected.sum().backward()
+    assert model[0].weight.grad is None
+    merge_lora(model, reversible=True)
+    torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
+    assert model[0].merged_layer.has_fp16_weights
+    unmerge_lora(model)
+    assert torch.equal(model(x), expected) and torch.equal(model[0].weight, base)
 
 
 def test_merging_adds_the_active_adapters_alone(fill: Fill) -> None:
