@@ -293,7 +293,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"up_proj.weight has dtype uint8|unexpected keys",
     ),
-    "NaN scales": (filled(f"{UP}.nested_absmax", NAN), ValueError, f"nested_absmax of {UP} has 1 elements that are NaN"),
+    "NaN scales": (filled(f"{UP}.nested_absmax", NAN), ValueError, f"{UP}.nested_absmax has 1 scales that are NaN"),
     "NaN weight": (filled("model.norm.weight", NAN), ValueError, "model.norm.weight has 1 elements that are NaN"),
     "infinite weight": (filled("lm_head.weight", float("inf")), ValueError, "lm_head.weight has 1 elements that are NaN or inf"),
     "integers": (

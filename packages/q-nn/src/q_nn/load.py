@@ -179,8 +179,6 @@ def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:
             raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
         if value.shape != target.shape:
             raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
-        for own, component in value.components.items():
-            check_finite("load_into", f"{own} of {key}", component)
         value = value.to(target.dtype)
     else:
         value = state[key].to(target.dtype)
@@ -193,7 +191,7 @@ def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:
 
 @torch.no_grad()
 def check_finite(what: str, name: str, tensor: Tensor) -> None:
-    """Refuse a weight, or the scales of one, with elements that are NaN or infinite."""
+    """Refuse a dense weight with elements that are NaN or infinite."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
