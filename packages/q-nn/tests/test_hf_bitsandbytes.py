@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 import q_nn.hf
+from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.specs.bounds import FACTOR
 from q_nn import Linear8bitLt, LinearFP4, LinearNF4, QConfig, quantize
@@ -46,7 +47,7 @@ def served() -> Iterator[None]:
 
 
 def dense_copy(model: nn.Module, make: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
-    """A dense model with the weights that the other one's layers decode to, each by its own library."""
+    """A dense model with the weights that the other one's layers decode to: 4 bits by its own library, int8 rows by ours."""
     dense = make()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -55,7 +56,8 @@ def dense_copy(model: nn.Module, make: Callable[[], LlamaForCausalLM]) -> LlamaF
         elif isinstance(weight, bnb.nn.Params4bit):
             decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         elif isinstance(weight, bnb.nn.Int8Params):
-            decoded = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+            components = {"codes": weight.data, "absmax": weight.SCB}
+            decoded = QuantizedTensor.from_components(components, Int8Rows(), shape=weight.shape, dtype=torch.float32).dequantize()
         else:
             continue
         with torch.no_grad():
@@ -106,7 +108,7 @@ def test_their_settings_quantize_with_our_layers(
 def test_what_transformers_saved_of_ours_loads_in_the_wheel(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
     model = make_llama()
     model.save_pretrained(tmp_path / "dense")
-    for config in (QConfig("nf4"), QConfig("fp4", blocksize=128, double_quant=False), QConfig("int8")):
+    for config in (QConfig("nf4"), QConfig("fp4", double_quant=False), QConfig("int8")):
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
         ours.save_pretrained(tmp_path / "quantized", max_shard_size="100KB")
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32)

@@ -131,9 +131,7 @@ def test_device_map(make_llama: MakeLlama, ids: Tensor, tmp_path: Path, device_m
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize(
-    "device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"model": "cpu", "lm_head": 0}], ids=str
-)
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"model": "cpu", "lm_head": 0}], ids=str)
 def test_offloading_is_refused(make_llama: MakeLlama, tmp_path: Path, device_map: Any) -> None:
     make_llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="can't be offloaded"):
@@ -221,7 +219,7 @@ def test_other_classes_of_the_same_model(make_llama: MakeLlama, ids: Tensor, tmp
 
 def test_a_model_quantized_in_place_is_adopted(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
     model = make_llama()
-    with pytest.raises(ValueError, match="nothing|no weight"):
+    with pytest.raises(ValueError, match="no weight is a QuantizedTensor"):
         q_nn.hf.adopt(model)
     quantize(model, MIXED)
     assert q_nn.hf.adopt(model) is model

@@ -107,7 +107,8 @@ def test_experts_that_a_rule_leaves_dense_are_saved_as_they_were(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     loaded.save_pretrained(tmp_path / "quantized")
     assert {key for key in keys(tmp_path / "dense") if "experts." in key} <= keys(tmp_path / "quantized")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "quantized"), ids), logits(loaded, ids))
+    # Without them it is what bitsandbytes makes of such a model, and so is the dialect.
+    assert torch.equal(logits(q_nn.hf.from_pretrained(tmp_path / "quantized"), ids), logits(loaded, ids))
 
 
 @models

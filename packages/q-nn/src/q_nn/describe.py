@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,14 +43,16 @@ def describe(model: nn.Module) -> QConfig | None:
     embeddings: set[str] = set()
     dense: list[str] = []
     for name, module in model.named_modules():
-        weights = [parameter for parameter in module._parameters.values() if isinstance(parameter, QuantizedTensor)]
+        weights = quantized_weights(module)
         if weights:
-            held = {_held(name, module, weight.format) for weight in weights}
-            if len(held) > 1:
-                raise ValueError(f"save: {name} is held in several formats, {sorted(map(str, held))}, expected one a module")
-            names[held.pop()].append(name)
+            alike = {_held(name, module, weight.format) for weight in weights.values()}
+            if len(alike) > 1:
+                raise ValueError(f"save: {name} is held in several formats, {sorted(map(str, alike))}, expected one a module")
+            names[alike.pop()].append(name)
             if isinstance(module, nn.Embedding):
                 embeddings.add(name)
+        elif isinstance(module, Linear8bitLt):
+            raise ValueError(f"save: {name} holds its weight dense, to train it, which q_nn.QConfig has no word for")
         elif (kind := kind_of(module)) is not None and kind is not EMBEDDING:
             dense.append(name)
     if not names:
@@ -61,15 +64,23 @@ def describe(model: nn.Module) -> QConfig | None:
         by_rule = [name for name in held_so if held != usual or name in embeddings]
         if by_rule:
             pattern = exactly(by_rule, everywhere)
-            rules.append(QRule(pattern, held.format, blocksize=held.blocksize, double_quant=held.double_quant, threshold=held.threshold))
+            rules.append(
+                QRule(pattern, held.format, blocksize=held.blocksize, double_quant=held.double_quant, threshold=held.threshold)
+            )
     skip = (exactly(dense, everywhere),) if dense else ()
     return QConfig(usual.format, usual.blocksize, usual.double_quant, usual.threshold, skip, tuple(rules))
 
 
-def exactly(names: Iterable[str], everywhere: Iterable[str]) -> str:
-    """A pattern (:mod:`q_nn.patterns`) that means these names and no others of ``everywhere``.
+def quantized_weights(module: nn.Module) -> dict[str, QuantizedTensor]:
+    """The quantized parameters of a module itself, by name."""
+    held: dict[str, Any] = module._parameters
+    return {name: parameter for name, parameter in held.items() if isinstance(parameter, QuantizedTensor)}
 
-    Where all names that differ in numbers alone are meant, one of ``\\d+`` stands for them.
+
+def exactly(names: Iterable[str], everywhere: Iterable[str]) -> str:
+    r"""A pattern (:mod:`q_nn.patterns`) that means these names and no others of ``everywhere``.
+
+    Where all names that differ in numbers alone are meant, one ``\d+`` stands for them.
     """
     meant = set(names)
     alike: dict[str, list[str]] = defaultdict(list)
@@ -91,8 +102,9 @@ def _held(name: str, module: nn.Module, format: WeightFormat) -> _Held:
         nested = format.nested_blocksize is not None
         return _Held(format.quant_type, format.blocksize, nested)
     if isinstance(format, Int8Rows):
-        rounds = isinstance(module, Linear8bitLt)
-        return _Held("int8", threshold=getattr(module, "threshold", 0.0)) if rounds else _Held("int8_weight_only")
+        if isinstance(module, Linear8bitLt):
+            return _Held("int8", threshold=module.threshold)
+        return _Held("int8_weight_only")
     if isinstance(format, Fp8Rows):
         return _Held("fp8")
     raise ValueError(f"save: {name} is held as {format}, which q_nn.QConfig has no word for")

@@ -18,7 +18,7 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.describe import describe
+from q_nn.describe import describe, quantized_weights
 from q_nn.linear8bit import Linear8bitLt, check_threshold
 from q_nn.patterns import check_patterns, matching
 
@@ -131,7 +131,7 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
 def _all_in_dialect(model: nn.Module) -> bool:
     """Whether all that is quantized are linear layers in formats of bitsandbytes'."""
     for module in model.modules():
-        formats = [parameter.format for parameter in module._parameters.values() if isinstance(parameter, QuantizedTensor)]
+        formats = [weight.format for weight in quantized_weights(module).values()]
         if formats and not isinstance(module, nn.Linear):
             return False
         for format in formats:

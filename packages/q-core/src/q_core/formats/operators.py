@@ -74,10 +74,8 @@ def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> Quant
     return tensor
 
 
-def _set_data(tensor: Tensor, value: Tensor) -> None:
+def _set_data(tensor: QuantizedTensor, value: Tensor) -> None:
     """``tensor.data = value``: the components of another quantized tensor, or a dense one quantized, as ``copy_`` does."""
-    if not isinstance(tensor, QuantizedTensor):
-        unsupported("data", "of a plain tensor can't be set to a QuantizedTensor")
     if not isinstance(value, QuantizedTensor):
         value = QuantizedTensor.quantize(value, tensor.format)
     if value.shape != tensor.shape:
@@ -91,7 +89,7 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
     tensor.format, tensor.component_layout, tensor._resolved = value.format, value.component_layout, None
 
 
-def _isfinite(tensor: Tensor) -> Tensor:
+def _isfinite(tensor: QuantizedTensor) -> Tensor:
     return torch.isfinite(tensor.dequantize())
 
 

@@ -31,8 +31,8 @@ def adopt(model: PreTrainedModel) -> PreTrainedModel:
     description = describe(model)
     if description is None:
         raise ValueError(f"adopt: no weight is a {QuantizedTensor.__name__}; call q_nn.quantize(model, config) first")
-    model.hf_quantizer = QnnQuantizer(description, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    told = {"hf_quantizer": QnnQuantizer(description), "is_quantized": True, "quantization_method": QUANT_METHOD}
+    for name, value in told.items():
+        setattr(model, name, value)
     mark(model)
     return model

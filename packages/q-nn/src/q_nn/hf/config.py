@@ -52,4 +52,6 @@ def described(model: PreTrainedModel) -> TheirBitsAndBytesConfig | QConfig | Non
         return None
     if description["quant_method"] == QUANT_METHOD:
         return QConfig.from_dict(description)
-    return TheirBitsAndBytesConfig.from_dict(description)
+    theirs: Any = TheirBitsAndBytesConfig
+    config: TheirBitsAndBytesConfig = theirs(**{key: value for key, value in description.items() if key != "quant_method"})
+    return config

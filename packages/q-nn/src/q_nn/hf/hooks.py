@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from torch import nn
 
 
@@ -9,7 +11,6 @@ def move_hook(old: nn.Module, new: nn.Module) -> None:
     """Let ``new`` do what accelerate has ``old`` do, before and after its forward."""
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
+        accelerate = importlib.import_module("accelerate.hooks")  # whose the hook is, so it is there; it has no types
+        accelerate.remove_hook_from_module(old)
+        accelerate.add_hook_to_module(new, hook)

@@ -34,7 +34,8 @@ def from_pretrained(directory: str | PathLike[str], *, auto_class: Any = AutoMod
     Args:
         directory: or a name on the Hugging Face hub, as transformers takes it.
         auto_class: what builds the model: a transformers class with ``from_pretrained``.
-        **arguments: of transformers' ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, …, and settings of the config.
+        **arguments: of transformers' ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, …; settings of the
+            config, too.
 
     Raises:
         ValueError: the directory is quantized already and ``quantization_config`` is given; or its settings aren't supported.

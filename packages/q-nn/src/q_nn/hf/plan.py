@@ -12,6 +12,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_nn.config import QConfig
 from q_nn.convert import rebuild
+from q_nn.describe import quantized_weights
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.plan import plan_quantization
 from q_nn.replace import plan_replacements
@@ -54,7 +55,8 @@ def plan(model: nn.Module, settings: QConfig | BitsAndBytesConfig) -> Plan:
     modules: dict[str, PlannedModule] = {}
     if isinstance(settings, BitsAndBytesConfig):
         for name, (_, new) in plan_replacements(model, settings).items():
-            modules[name] = PlannedModule(_quantized(new), functools.partial(_take_over, new))
+            formats = {own: weight.format for own, weight in quantized_weights(new).items()}
+            modules[name] = PlannedModule(formats, functools.partial(_take_over, new))
     else:
         for layer in plan_quantization(model, settings).layers:
             for name, rule in zip(layer.names, layer.rules, strict=True):
@@ -62,10 +64,6 @@ def plan(model: nn.Module, settings: QConfig | BitsAndBytesConfig) -> Plan:
                 assert format is not None
                 modules[name] = PlannedModule(dict.fromkeys(layer.kind.weights, format), functools.partial(rebuild, rule=rule))
     return Plan(modules, {f"{name}.{own}": f for name, module in modules.items() for own, f in module.formats.items()})
-
-
-def _quantized(module: nn.Module) -> dict[str, WeightFormat]:
-    return {own: p.format for own, p in module._parameters.items() if isinstance(p, QuantizedTensor)}
 
 
 def _take_over(new: nn.Module, old: nn.Module, weights: Weights) -> nn.Module:

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig as TheirBitsAndBytesConfig
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightTransform
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.quantized_tensor import QuantizedTensor
@@ -33,12 +33,18 @@ from q_nn.hf.plan import Plan, plan
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.state_hooks import accepts
 
+_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+"""By which PEFT and accelerate know quantized models."""
+
+_CONVERSIONS = "_weight_conversions"
+"""Where transformers keeps what it did to the checkpoint's tensors, to undo it when it saves."""
+
 _CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 _log = logging.getLogger("q")
 
 
-class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
+class QnnQuantizer(HfQuantizer):
     """Quantizes models as a :class:`q_nn.QConfig` says, and loads those that were.
 
     Args:
@@ -50,7 +56,10 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, quantization_config: QConfig | Served | TheirBitsAndBytesConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        config: Any = (
+            quantization_config  # which need not be of transformers' class: it is asked for quant_method and to_dict alone
+        )
+        super().__init__(config, **kwargs)
         self.settings: QConfig | BitsAndBytesConfig
         if isinstance(quantization_config, Served):
             self.settings = quantization_config.settings
@@ -121,7 +130,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(operation, Assemble):
                 operation.dtype = dtype
                 return None
-        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Put quantized modules in the places of the planned ones."""
@@ -129,7 +138,8 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         future: dict[int, nn.Module] = {}
         for name, planned in self.plan.modules.items():
             old = model.get_submodule(name)
-            weights = {own: parameter for own in planned.formats if isinstance(parameter := old._parameters[own], QuantizedTensor)}
+            loaded = {own: old._parameters[own] for own in planned.formats}
+            weights: dict[str, Any] = {own: weight for own, weight in loaded.items() if isinstance(weight, QuantizedTensor)}
             if len(weights) < len(planned.formats):
                 dense.append(name)
                 continue
@@ -158,11 +168,11 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """``model.dequantize()``: dense layers, as the quantized ones decode."""
-        if isinstance(dtype, str):  # of a config that was written or read
-            dtype = getattr(torch, dtype)
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config may have its name
         holds = (module for module in model.modules() if any(isinstance(p, QuantizedTensor) for p in module._parameters.values()))
-        _replace(model, {id(module): dense_module(module, dtype) for module in holds})
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        _replace(model, {id(module): dense_module(module, wanted) for module in holds})
+        for flag in _FLAGS:
+            setattr(model, flag, False)
         return model
 
 
@@ -192,17 +202,15 @@ def mark(model: PreTrainedModel) -> None:
     """
     formats = [parameter.format for parameter in model.parameters() if isinstance(parameter, QuantizedTensor)]
     four_bit = any(isinstance(format, FourBit) for format in formats)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, bool(formats) and not four_bit
+    for flag, holds in zip(_FLAGS, (four_bit, bool(formats) and not four_bit), strict=True):
+        setattr(model, flag, holds)
     quantized = [name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedTensor)]
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions = getattr(model, _CONVERSIONS, None)
     if conversions is None:  # the model wasn't loaded
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not isinstance(conversion, WeightConverter) or not _makes_any(conversion, quantized)
-    ]
+    kept = [c for c in conversions if not isinstance(c, WeightConverter) or not _makes_any(c, quantized)]
+    setattr(model, _CONVERSIONS, kept)
     model.config.quantization_config = described(model)
 
 

@@ -15,17 +15,20 @@ _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _theirs = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in _BITSANDBYTES}
 
 
-class ConfigReader(QuantizationConfigMixin):  # type: ignore[misc]
+class ConfigReader(QuantizationConfigMixin):
     """What transformers calls with the ``quantization_config`` of a config.json that is ours."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **_: Any) -> QConfig | Served:
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **_: Any) -> Any:
         """Read it.
+
+        Returns:
+            A :class:`q_nn.QConfig` or a :class:`Served`, which transformers takes for its own class.
 
         Raises:
             ValueError, TypeError: a key is unknown, or a value isn't supported; the message names it.
         """
-        return Served.from_dict(config_dict) if Served.KEY in config_dict else QConfig.from_dict(config_dict)
+        return (Served if Served.KEY in config_dict else QConfig).from_dict(config_dict)
 
 
 def register() -> None:
