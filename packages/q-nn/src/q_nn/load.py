@@ -31,9 +31,10 @@ _NAMED_IN_ERRORS = 5
 def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
-    Modules that the config says are quantized are swapped first (:func:`q_nn.replace_linears`; :class:`q_nn.QConfig` for our own dialect).
-    Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied
-    parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    Modules that the config says are quantized are swapped first, see :func:`q_nn.replace_linears`, and :class:`q_nn.QConfig` for our own
+    dialect. Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the
+    CPU. Tied parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    What GPTQ, AWQ or compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
     and a model whose parameters are on the meta device (accelerate's ``init_empty_weights`` makes one) is held once.
@@ -50,6 +51,11 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = read_config(source)
+    from q_nn.readers import load_foreign, quantized_elsewhere  # which take from this module
+
+    if quantized_elsewhere(config.get("quantization_config")):
+        load_foreign(model, source)
+        return
     swaps = plan_swaps(model, config.get("quantization_config"))
     slots = slots_of(model, swaps)
     _check_all_real(model, slots)
@@ -64,7 +70,6 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of a tensor in it, and the tensor that is there now."""
-
 
 Swaps = dict[str, tuple[nn.Module, nn.Module]]
 """Modules and what is to take their places, by name."""
