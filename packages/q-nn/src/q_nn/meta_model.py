@@ -54,12 +54,13 @@ def _build(transformers: Any, config: Any, architectures: object) -> Any:
     if not architectures:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     name = architectures[0] if isinstance(architectures, list) else None
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
             f"architectures is {json.dumps(architectures)}, expected a model class of transformers {transformers.__version__}"
         )
-    return found._from_config(config)
+    model_class: Any = found
+    return model_class._from_config(config)
 
 
 def _dtype(path: Path, description: dict[str, Any]) -> torch.dtype:
