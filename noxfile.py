@@ -49,6 +49,8 @@ def lint(session: nox.Session) -> None:
     pip_install(session, "--group", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    native = [str(path) for path in sorted(Path("backends").glob("*/csrc/**/*")) if path.suffix in (".cpp", ".h")]
+    session.run("clang-format", "--dry-run", "--Werror", *native)
     sources = os.pathsep.join(str(folder.absolute() / "src") for folder in DISTRIBUTIONS)
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})  # it reads the sources and runs nothing
 

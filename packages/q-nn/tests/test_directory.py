@@ -434,10 +434,14 @@ def test_replace_linears_makes_the_right_layers() -> None:
     model = swapped(FOUR | {"bnb_4bit_quant_type": "nf4"}, linear_types=(nn.Linear, Own))
     assert [type(layer) for layer in model] == [LinearNF4, LinearNF4, nn.LayerNorm]
     assert model[0].weight.is_meta
-    for threshold, activations in ((0.0, "int8"), (6.0, "native")):
-        layer = swapped(EIGHT | {"llm_int8_threshold": threshold})[0]
+    for settings, threshold, dense in (
+        ({}, 6.0, False),
+        ({"llm_int8_threshold": 0}, 0.0, False),
+        ({"llm_int8_threshold": 2.5, "llm_int8_has_fp16_weight": True}, 2.5, True),
+    ):
+        layer = swapped(EIGHT | settings)[0]
         assert isinstance(layer, Linear8bitLt)
-        assert layer.activations == activations
+        assert (layer.threshold, layer.has_fp16_weights) == (threshold, dense)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,8 @@ def test_replace_linears_makes_the_right_layers() -> None:
         (FOUR | {"bnb_4bit_quant_type": "int4"}, "quant_type is 'int4'"),
         (EIGHT | {"llm_int8_threshold": -1}, "llm_int8_threshold is -1"),
         (EIGHT | {"llm_int8_threshold": "6"}, "llm_int8_threshold is '6'"),
-        (EIGHT | {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight"),
+        (FOUR | {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is true, expected false with load_in_4bit"),
+        (EIGHT | {"llm_int8_has_fp16_weight": 1}, "llm_int8_has_fp16_weight is 1"),
         (FOUR | {"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules"),
         (FOUR | {"llm_int8_skip_modules": ["("]}, "llm_int8_skip_modules"),
         (FOUR | {"llm_int8_skip_modules": [3]}, "llm_int8_skip_modules"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AwqConfig, GPTQConfig, LlamaForCausalLM
 
-from q_nn import FourBit, Linear4bit, Linear8bitLt, LinearGroupedInt, QuantizedTensor, load_foreign, load_into, read_weights
+from q_nn import FourBit, Linear4bit, LinearGroupedInt, LinearInt8, QuantizedTensor, load_foreign, load_into, read_weights
 from q_nn.readers import gptq as gptq_reader
 from q_nn.readers.checks import Parts
 from q_nn.readers.directory import reader_for
@@ -207,7 +207,7 @@ CASES = [
         "ct-int8",
         ct({"num_bits": 8, "strategy": "channel"}, "int-quantized", input_activations=DYNAMIC),
         lambda w: plain(w, zeros=False),
-        Linear8bitLt,
+        LinearInt8,
         NEAR,
         group=None,
         bits=8,

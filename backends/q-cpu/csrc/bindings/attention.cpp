@@ -18,7 +18,7 @@ std::string text(int64_t value) { return std::to_string(value); }
 // Uninitialized memory that starts on a cache line.
 class Floats {
  public:
-  explicit Floats(int64_t count) : memory_(new(kLine) float[static_cast<size_t>(count)]) {}
+  explicit Floats(int64_t count) : memory_(new (kLine) float[static_cast<size_t>(count)]) {}
   float* get() const { return memory_.get(); }
 
  private:
@@ -217,7 +217,8 @@ void place_states(const PagedAttention& a, float* memory, Plan* plan) {
     }
     while (plan->items[item].request != one.request) ++item;
     for (int64_t range = 0; range < ranges; ++range) {
-      for (size_t chunk = 0; chunk < chunks; ++chunk) plan->items[item++].states = plan->combined[i + chunk].states + range * sizes[chunk];
+      for (size_t chunk = 0; chunk < chunks; ++chunk)
+        plan->items[item++].states = plan->combined[i + chunk].states + range * sizes[chunk];
     }
     i += chunks;
   }
@@ -239,7 +240,8 @@ void check_requests(const char* op, const PagedAttention& a, int64_t T, int64_t 
       bad_value({op, "query_start", r + 1}, "gives a request " + text(queries) + " queries, expected at most max_query_len");
     }
     if (length < queries || length > max_seq_len) {
-      bad_value({op, "seq_lens", r}, "is " + text(length) + ", expected " + text(queries) + " (its queries) to " + text(max_seq_len));
+      bad_value({op, "seq_lens", r},
+                "is " + text(length) + ", expected " + text(queries) + " (its queries) to " + text(max_seq_len));
     }
     const int64_t begin = a.window == 0 ? 0 : std::max<int64_t>(0, length - queries + 1 - a.window);
     for (int64_t block = begin / a.S; block < (length + a.S - 1) / a.S; ++block) {
@@ -314,8 +316,8 @@ void bind_attention(py::module_& m) {
   m.def("write_kv", &write_kv, py::arg("k_TGD"), py::arg("v_TGD"), py::arg("k_cache_BGSD"), py::arg("v_cache_BGSD"),
         py::arg("slot_mapping"), py::arg("k_scale_BGS"), py::arg("v_scale_BGS"), py::arg("T"), py::arg("B"), py::arg("G"),
         py::arg("S"), py::arg("D"));
-  m.def("copy_kv_blocks", &copy_blocks, py::arg("src"), py::arg("dst"), py::arg("pairs"), py::arg("count"),
-        py::arg("src_blocks"), py::arg("dst_blocks"), py::arg("block_bytes"));
+  m.def("copy_kv_blocks", &copy_blocks, py::arg("src"), py::arg("dst"), py::arg("pairs"), py::arg("count"), py::arg("src_blocks"),
+        py::arg("dst_blocks"), py::arg("block_bytes"));
   m.def("paged_attention", &paged_attention, py::arg("q_THD"), py::arg("k_cache_BGSD"), py::arg("v_cache_BGSD"),
         py::arg("block_tables"), py::arg("query_start"), py::arg("seq_lens"), py::arg("max_query_len"), py::arg("max_seq_len"),
         py::arg("scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"), py::arg("sinks_H"), py::arg("k_scale_BGS"),

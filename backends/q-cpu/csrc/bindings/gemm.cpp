@@ -1,4 +1,5 @@
 #include "gemm.h"
+
 #include "module.h"
 #include "state.h"
 #include "threads.h"

@@ -111,7 +111,7 @@ void gemm_4bit_int8(py::handle x, py::handle packed, py::handle absmax, int64_t 
   const Int8Book book = int8_book(four_bit_book(op, quant_type));
   if (result.numel() == 0) return;
 
-  // Tokens are quantized so many at a time, which bounds what is kept; in even shares, as a few tokens would go another way than many.
+  // Tokens are quantized so many at a time, which bounds what is kept; in even shares, as a few tokens go another way than many.
   const int64_t tokens_at_once = std::max(kFewestTokens, kCodeBytes / std::max<int64_t>(1, K));
   const int64_t shares = (T + tokens_at_once - 1) / tokens_at_once;
   const int64_t least = T / shares, longer = T % shares;  // the first `longer` shares have one more

@@ -1,7 +1,7 @@
-// Mixtures of experts: tokens are brought to their experts, the experts' products are those of the gemm families, and the results are
-// brought back. What is kept between the steps is bounded twice: tokens are taken as many at a time as have sums of kSumBytes, and
-// their pairs as many as have inputs and results of kPairBytes. An expert's weight is read once for each such run of its pairs, which
-// pays as long as those are dozens.
+// Mixtures of experts: tokens are brought to their experts, the experts' products are those of the gemm families, and the results
+// are brought back. What is kept between the steps is bounded twice: tokens are taken as many at a time as have sums of kSumBytes,
+// and their pairs as many as have inputs and results of kPairBytes. An expert's weight is read once for each such run of its pairs,
+// which pays as long as those are dozens.
 
 #include "moe.h"
 
@@ -22,8 +22,8 @@ namespace {
 
 constexpr int64_t kSumBytes = int64_t{3} << 20;
 constexpr int64_t kPairBytes = int64_t{5} << 19;
-constexpr int64_t kFewest = 16;       // tokens, or pairs, that are taken at once however large they are
-constexpr int64_t kRowsAtOnce = 64;   // of an expert's weight that a thread takes, and decodes if they are fp8
+constexpr int64_t kFewest = 16;         // tokens, or pairs, that are taken at once however large they are
+constexpr int64_t kRowsAtOnce = 64;     // of an expert's weight that a thread takes, and decodes if they are fp8
 constexpr int64_t kColumnsAtOnce = 64;  // of the sums that a thread takes
 
 void route_topk(py::handle logits, int64_t T, int64_t E, int64_t k, bool sigmoid, bool renormalize, py::handle weights,
@@ -78,7 +78,8 @@ class ExpertWeights {
     data_ = view.data<const uint8_t>();
     scales_ = scales;
     if (scales > 0) {
-      scale_ = TensorView(scale, {op, scale_name.c_str()}).of(Scalar::f32).sized(checked_product(op, E, scales)).data<const float>();
+      scale_ =
+          TensorView(scale, {op, scale_name.c_str()}).of(Scalar::f32).sized(checked_product(op, E, scales)).data<const float>();
     }
   }
 
@@ -251,8 +252,8 @@ void fused_moe(py::handle x, py::handle w13, py::handle w2, py::handle topk_weig
       const SiluAndMul gate{intermediate.get(), 2 * N, P, N, hidden.get(), dtype};
       parallel_for(P, 2 * N, [&](int64_t first, int64_t last) { all.norm->silu_and_mul(gate, first, last); });
       multiply_experts(second_weights, run, K, N, hidden.get(), N * size, intermediate.get(), K * 4, Float::f32);
-      const AddWeighted add{reinterpret_cast<const float*>(intermediate.get()), tokens, pairs.weights.data() + run.start(), P, K,
-                            sums};
+      const AddWeighted add{
+          reinterpret_cast<const float*>(intermediate.get()), tokens, pairs.weights.data() + run.start(), P, K, sums};
       parallel_for((K + kColumnsAtOnce - 1) / kColumnsAtOnce, P * kColumnsAtOnce, [&](int64_t first, int64_t last) {
         all.moe->add_weighted(add, first * kColumnsAtOnce, std::min(K, last * kColumnsAtOnce));
       });

@@ -1,5 +1,7 @@
 // Optimizer steps over lists of tensors, shared out as one loop: a group of many small tensors keeps all threads busy.
 
+#include "optim.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "module.h"
-#include "optim.h"
 #include "state.h"
 #include "threads.h"
 
@@ -75,26 +76,31 @@ OptimizerSettings settings_of(const Arguments& a) {
 
 bool keeps_state(const OptimizerSettings& h, int state) {
   switch (h.rule) {
-    case OptimizerRule::lion: return state == 0;
+    case OptimizerRule::lion:
+      return state == 0;
     case OptimizerRule::sgd:
-    case OptimizerRule::lars: return state == 0 && h.momentum;
-    case OptimizerRule::rmsprop: return state == 1 || (state == 0 && h.momentum);
-    case OptimizerRule::adagrad: return state == 1;
-    case OptimizerRule::ademamix: return true;
-    default: return state != 2;
+    case OptimizerRule::lars:
+      return state == 0 && h.momentum;
+    case OptimizerRule::rmsprop:
+      return state == 1 || (state == 0 && h.momentum);
+    case OptimizerRule::adagrad:
+      return state == 1;
+    case OptimizerRule::ademamix:
+      return true;
+    default:
+      return state != 2;
   }
 }
 
-// A list argument, with as many tensors as it should have. It holds them: a sequence may make its items as they are asked for, and a
-// list may change while the kernels run without the GIL.
+// A list argument, with as many tensors as it should have. It holds them: a sequence may make its items as they are asked for, and
+// a list may change while the kernels run without the GIL.
 class TensorList {
  public:
   TensorList(const py::sequence& tensors, const char* op, const char* name, size_t expected)
       : tensors_(tensors), op_(op), name_(name) {
     if (tensors_.size() != expected) {
-      bad_value({op, name},
-                "has " + std::to_string(tensors_.size()) + " tensors, expected " +
-                    (expected ? std::to_string(expected) + " as in params" : "none: the rule keeps no such state"));
+      bad_value({op, name}, "has " + std::to_string(tensors_.size()) + " tensors, expected " +
+                                (expected ? std::to_string(expected) + " as in params" : "none: the rule keeps no such state"));
     }
   }
 
@@ -132,7 +138,7 @@ constexpr const char* kAbsmaxNames[kMaxStates] = {"absmax1", "absmax2", "absmax3
 struct Tensors {
   std::vector<OptimizerTensor> all;
   std::vector<int64_t> starts{0};
-  std::vector<bool> kept;  // as they are: no step touches them
+  std::vector<bool> kept;         // as they are: no step touches them
   std::vector<int64_t*> skipped;  // where elements left as they were are counted, if they are
   std::vector<py::tuple> held;
 
@@ -162,7 +168,8 @@ Tensors parameters_of(const char* op, const py::sequence& params, const py::sequ
   tensors.kept.resize(count);
   const TensorList counters(skipped, op, "skipped", skipped.size() ? count : 0);
   tensors.held.push_back(counters.held());
-  for (size_t i = 0; i < counters.held().size(); ++i) tensors.skipped.push_back(counters[i].of(Scalar::i64).sized(1).data<int64_t>());
+  for (size_t i = 0; i < counters.held().size(); ++i)
+    tensors.skipped.push_back(counters[i].of(Scalar::i64).sized(1).data<int64_t>());
   return tensors;
 }
 
@@ -222,9 +229,10 @@ void run_step(const Arguments& a, const OptimizerSettings& h, Kernel kernel, Nor
 
 void optimizer_step_8bit(const std::string& name, const py::sequence& params, const py::sequence& grads, const py::sequence& state1,
                          const py::sequence& state2, const py::sequence& state3, const py::sequence& absmax1,
-                         const py::sequence& absmax2, const py::sequence& absmax3, const py::sequence& skipped, py::handle code1, py::handle code2, double lr,
-                         double beta1, double beta2, double beta3, double alpha, double eps, double weight_decay, double dampening,
-                         bool nesterov, double trust_coefficient, int64_t step, int64_t blocksize) {
+                         const py::sequence& absmax2, const py::sequence& absmax3, const py::sequence& skipped, py::handle code1,
+                         py::handle code2, double lr, double beta1, double beta2, double beta3, double alpha, double eps,
+                         double weight_decay, double dampening, bool nesterov, double trust_coefficient, int64_t step,
+                         int64_t blocksize) {
   constexpr const char* op = "optimizer_step_8bit";
   const Arguments a{op, name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step};
   const OptimizerSettings h = settings_of(a);
@@ -250,9 +258,9 @@ void optimizer_step_8bit(const std::string& name, const py::sequence& params, co
 
 void optimizer_step_32bit(const std::string& name, const py::sequence& params, const py::sequence& grads,
                           const py::sequence& state1, const py::sequence& state2, const py::sequence& state3,
-                          const py::sequence& skipped, double lr, double beta1, double beta2,
-                          double beta3, double alpha, double eps, double weight_decay, double dampening, bool nesterov,
-                          double trust_coefficient, int64_t step) {
+                          const py::sequence& skipped, double lr, double beta1, double beta2, double beta3, double alpha,
+                          double eps, double weight_decay, double dampening, bool nesterov, double trust_coefficient,
+                          int64_t step) {
   constexpr const char* op = "optimizer_step_32bit";
   const Arguments a{op, name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step};
   const OptimizerSettings h = settings_of(a);
@@ -274,13 +282,13 @@ void optimizer_step_32bit(const std::string& name, const py::sequence& params, c
 void bind_optim(py::module_& m) {
   m.def("optimizer_step_8bit", &optimizer_step_8bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
         py::arg("state2"), py::arg("state3"), py::arg("absmax1"), py::arg("absmax2"), py::arg("absmax3"), py::arg("skipped"),
-        py::arg("code1"), py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"), py::arg("step"),
-        py::arg("blocksize"));
-  m.def("optimizer_step_32bit", &optimizer_step_32bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
-        py::arg("state2"), py::arg("state3"), py::arg("skipped"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"),
+        py::arg("code1"), py::arg("code2"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("beta3"), py::arg("alpha"),
         py::arg("eps"), py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"), py::arg("trust_coefficient"),
-        py::arg("step"));
+        py::arg("step"), py::arg("blocksize"));
+  m.def("optimizer_step_32bit", &optimizer_step_32bit, py::arg("name"), py::arg("params"), py::arg("grads"), py::arg("state1"),
+        py::arg("state2"), py::arg("state3"), py::arg("skipped"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("beta3"), py::arg("alpha"), py::arg("eps"), py::arg("weight_decay"), py::arg("dampening"), py::arg("nesterov"),
+        py::arg("trust_coefficient"), py::arg("step"));
 }
 
 }  // namespace q_cpu

@@ -1,8 +1,9 @@
+#include "quantize.h"
+
 #include <algorithm>
 #include <cmath>
 
 #include "module.h"
-#include "quantize.h"
 #include "state.h"
 #include "threads.h"
 

@@ -184,8 +184,8 @@ Float TensorView::dtype() const {
 
 int64_t count_blocks(const char* op, int64_t numel, int64_t blocksize, int64_t smallest) {
   if (blocksize < smallest || blocksize > kMaxBlocksize || (blocksize & (blocksize - 1)) != 0) {
-    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in " + std::to_string(smallest) + "…" +
-                                     std::to_string(kMaxBlocksize));
+    bad_value({op, "blocksize"}, "is " + std::to_string(blocksize) + ", expected a power of two in " + std::to_string(smallest) +
+                                     "…" + std::to_string(kMaxBlocksize));
   }
   return numel / blocksize + (numel % blocksize != 0);  // of sizes that no tensor has yet been seen to have
 }

@@ -1,8 +1,8 @@
 // Fetching ahead in weights that stream from memory, each byte used once.
 //
-// Within a page, asking for lines a few KB ahead keeps memory busy. Where a page lies must be looked up first, though, and a request
-// that waits for it holds up those behind it: with pages of 4 KB scattered over memory, as in any process that has run for a while,
-// this costs a third of the bandwidth. One line of each page, asked for long before the others, hides it.
+// Within a page, asking for lines a few KB ahead keeps memory busy. Where a page lies must be looked up first, though, and a
+// request that waits for it holds up those behind it: with pages of 4 KB scattered over memory, as in any process that has run for
+// a while, this costs a third of the bandwidth. One line of each page, asked for long before the others, hides it.
 
 #pragma once
 

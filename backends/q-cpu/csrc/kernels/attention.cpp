@@ -1,12 +1,12 @@
 // Attention over a paged KV cache, with an online softmax (arXiv 2205.14135, 2307.08691).
 //
-// A row's result depends on its query, its position and its sequence alone, bit for bit: not on the queries, heads and requests beside
-// it, on how they are cut into items, or on the number of threads. For that, keys are always taken in tiles and ranges that are
-// counted from the sequence's start; a tile that a row doesn't see leaves its state as it is; and ranges are merged in their order,
-// whether one item had them all or each had its own. So decoding a token gives what prefilling it gave.
+// A row's result depends on its query, its position and its sequence alone, bit for bit: not on the queries, heads and requests
+// beside it, on how they are cut into items, or on the number of threads. For that, keys are always taken in tiles and ranges that
+// are counted from the sequence's start; a tile that a row doesn't see leaves its state as it is; and ranges are merged in their
+// order, whether one item had them all or each had its own. So decoding a token gives what prefilling it gave.
 //
-// In the activations' bfloat16 (AVX-512) products of bfloat16 are exact and summed in float32; the weights of the second product are
-// rounded to bfloat16. Everything else is float32. Scores are in units of log 2, so that the softmax is one of powers of 2.
+// In the activations' bfloat16 (AVX-512) products of bfloat16 are exact and summed in float32; the weights of the second product
+// are rounded to bfloat16. Everything else is float32. Scores are in units of log 2, so that the softmax is one of powers of 2.
 
 #include "attention.h"
 

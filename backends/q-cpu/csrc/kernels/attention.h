@@ -1,4 +1,5 @@
-// The paged KV cache, and attention over it. Letters: T tokens, R requests, H heads, G kv heads, D head dim, B blocks, S slots of a block.
+// The paged KV cache, and attention over it.
+// Letters: T tokens, R requests, H heads, G kv heads, D head dim, B blocks, S slots of a block.
 //
 // The query heads that share a kv head form a group; a request has, a group, one *row* for each of its queries and heads, queries
 // outermost: row = query * (H / G) + head.
@@ -61,7 +62,7 @@ struct PagedAttention {
 constexpr int64_t kKeyRange = 1024;
 // Most rows of an item, over its groups, where those of each are rounded up to a multiple of four.
 constexpr int64_t kRowTile = 96;
-constexpr int64_t kFewRows = 8;   // most rows of a group, for an item to have several groups
+constexpr int64_t kFewRows = 8;  // most rows of a group, for an item to have several groups
 
 // Rows of one request and of groups that follow each other, and the ranges of keys that they attend to.
 struct AttentionItem {

@@ -1,10 +1,11 @@
 // Attention of few rows to the keys of several kv heads, such as those of a request that decodes.
 //
-// A call's time is that of reading the cache once, if computing keeps out of its way. So nothing is packed: keys are multiplied where
-// they lie, by queries that are arranged for it, while the next kv head's, or the next tile's, are fetched. The kv heads follow each
-// other in the cache and take turns at every tile, so that memory is read in its order.
+// A call's time is that of reading the cache once, if computing keeps out of its way. So nothing is packed: keys are multiplied
+// where they lie, by queries that are arranged for it, while the next kv head's, or the next tile's, are fetched. The kv heads
+// follow each other in the cache and take turns at every tile, so that memory is read in its order.
 //
-// Rows come in *sets* of kSetRows. A vector of a set has a *quad*, four lanes, of each row: four lanes of queries, or four keys' scores.
+// Rows come in *sets* of kSetRows. A vector of a set has a *quad*, four lanes, of each row: four lanes of queries, or four keys'
+// scores.
 
 #pragma once
 
@@ -23,8 +24,8 @@ struct SetSums {
   Vector largest, sum;
 };
 
-// The rows of the tile that comes after the current one, in the order in which they are asked for: keys and values in turns, because
-// two streams are read faster than one.
+// The rows of the tile that comes after the current one, in the order in which they are asked for: keys and values in turns,
+// because two streams are read faster than one.
 struct RowsAhead {
   const void* row[2 * kKeyTile];
 
@@ -46,8 +47,8 @@ inline void fetch(const void* row, int64_t bytes) {
   for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(static_cast<const char*>(row) + offset);
 }
 
-// Products of sets' queries [sets, blocks, kLanes] with a few keys, a quad of keys a vector. Not part of its caller, so that the keys'
-// addresses stay in registers. Meanwhile the `soon` and `ahead` rows are asked for, as many as there are keys.
+// Products of sets' queries [sets, blocks, kLanes] with a few keys, a quad of keys a vector. Not part of its caller, so that the
+// keys' addresses stay in registers. Meanwhile the `soon` and `ahead` rows are asked for, as many as there are keys.
 template <class Tile, int kSets, int kKeys>
 __attribute__((noinline)) void multiply_some_keys(const float* queries, int64_t blocks, const float* const* keys,
                                                   const void* const* soon, const void* const* ahead, int64_t row_bytes,
@@ -175,7 +176,8 @@ struct FewRows {
   }
 
   // Weights of a set's keys, as lanes for the second product; brings its sums and outputs to the new largest scores.
-  void weigh_set(int64_t tile, int64_t set, const Scales& scales, Vector* scores, SetSums* sums, float* outputs, float* weights) const {
+  void weigh_set(int64_t tile, int64_t set, const Scales& scales, Vector* scores, SetSums* sums, float* outputs,
+                 float* weights) const {
     const int64_t row = set * kSetRows, rows = smaller(kSetRows, item.rows - row);
     for (int64_t quad = 0; quad < kQuads; ++quad) scores[quad] = score_scale(scores[quad], repeat_quad(scales.key + 4 * quad));
     const int64_t first = item.row + row;
@@ -185,7 +187,8 @@ struct FewRows {
       if (before[4 * r] != sums->largest[4 * r]) scale_row(outputs + (row + r) * columns, columns, keep[4 * r]);
     }
     for (int64_t quad = 0; score_scale.coded && quad < kQuads; ++quad) scores[quad] *= repeat_quad(scales.value + 4 * quad);
-    for (int64_t quad = 0; quad < kQuads; quad += kTileVectors) Tile::store_weights(scores + quad, weights + quad * kLanes / Tile::kDepth);
+    for (int64_t quad = 0; quad < kQuads; quad += kTileVectors)
+      Tile::store_weights(scores + quad, weights + quad * kLanes / Tile::kDepth);
   }
 
   // outputs += weights · values, of some of an item's rows. The second half of the rows ahead is fetched meanwhile.

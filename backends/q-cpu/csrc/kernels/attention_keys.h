@@ -37,7 +37,8 @@ struct TileSlots {
 };
 
 // The slots of keys `tile`…`tile` + kKeyTile, as far as they are in begin…end.
-inline void find_slots(const PagedAttention& a, const AttentionItem& item, int64_t tile, int64_t begin, int64_t end, TileSlots* slots) {
+inline void find_slots(const PagedAttention& a, const AttentionItem& item, int64_t tile, int64_t begin, int64_t end,
+                       TileSlots* slots) {
   const int32_t* table = a.block_tables + item.request * a.table_width;
   int64_t i = tile < begin ? begin - tile : 0;
   const int64_t last = smaller(kKeyTile, end - tile);

@@ -59,8 +59,8 @@ struct ManyRows {
   }
 
   // Weights of a panel's keys, packed for the second product; its sums and outputs are brought to the new largest scores.
-  void weigh_panel(int64_t tile, int64_t row, int64_t rows, const float* queries, const Scales& scales, RowSums* sums, float* outputs,
-                   float* weights) const {
+  void weigh_panel(int64_t tile, int64_t row, int64_t rows, const float* queries, const Scales& scales, RowSums* sums,
+                   float* outputs, float* weights) const {
     alignas(64) float products[kPanelRows * kKeyTile];
     multiply_keys<Tile>(rows, queries, depth, scratch.keys, products);
     for (int64_t r = 0; r < rows; ++r) {

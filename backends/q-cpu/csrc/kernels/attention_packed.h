@@ -1,4 +1,5 @@
-// Tiles of keys and values packed for many rows, so that nothing is summed across lanes, and the products of panels of rows with them.
+// Tiles of keys and values packed for many rows, so that nothing is summed across lanes, and the products of panels of rows with
+// them.
 
 #pragma once
 
@@ -87,8 +88,8 @@ inline void with_rows(int64_t rows, Work&& work) {
 
 // sums += a · b along b's rows first, first + step, …
 template <class Tile, int Rows, int Vectors>
-inline void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t first, int64_t step, int64_t depth,
-                         Vector (&sums)[Rows][Vectors]) {
+inline void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t first, int64_t step,
+                         int64_t depth, Vector (&sums)[Rows][Vectors]) {
   for (int64_t k = first; k < depth; k += step) {
     Vector columns[Vectors];
     for (int v = 0; v < Vectors; ++v) columns[v] = load_vector(b + k * b_stride + v * kLanes);

@@ -1,7 +1,8 @@
 // The matrix products of attention on tiles of keys: queries · keys are scores, weights · values are added to outputs.
 //
-// Operands are 32-bit lanes. In a *wide* tile a lane is one float32; in a *pair* tile it is two bfloat16 that follow each other along
-// the depth, which one instruction multiplies and adds. The depth of the first product is the head dimension, of the second the keys.
+// Operands are 32-bit lanes. In a *wide* tile a lane is one float32; in a *pair* tile it is two bfloat16 that follow each other
+// along the depth, which one instruction multiplies and adds. The depth of the first product is the head dimension, of the second
+// the keys.
 //
 // How a row's products are summed doesn't depend on the rows beside it. Along a head dimension that is in four sums, of the lanes
 // k = 0, 1, 2 and 3 modulo 4, and then of these in their order; along the keys it is in the keys' order.

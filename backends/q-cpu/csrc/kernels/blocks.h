@@ -91,7 +91,8 @@ inline void encode_scalable(const float* x, int64_t count, float absmax, const C
 
 // Encodes a block whose largest magnitude is known, as a bit pattern, and returns its absmax. This and decode_block are called once
 // a block, and are too long for a copy in every optimizer rule.
-__attribute__((noinline, unused)) float encode_block(const float* x, int64_t count, uint32_t bits, const CodeBook& book, uint8_t* codes) {
+__attribute__((noinline, unused)) float encode_block(const float* x, int64_t count, uint32_t bits, const CodeBook& book,
+                                                     uint8_t* codes) {
   const float absmax = absmax_value(bits);
   if (is_scalable(bits)) {
     encode_scalable(x, count, absmax, book, codes);
@@ -102,7 +103,7 @@ __attribute__((noinline, unused)) float encode_block(const float* x, int64_t cou
 }
 
 __attribute__((noinline, unused)) void decode_block(const uint8_t* codes, int64_t count, const ValueTable& table, float absmax,
-                                            float* __restrict out) {
+                                                    float* __restrict out) {
 #if defined(__AVX512VBMI__)
   decode_block_by<false>(codes, count, table, absmax, out);
 #else

@@ -13,8 +13,9 @@
 namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kGroup = 64;               // codes at a time
-constexpr int64_t kPrefetchDistance = 1280;  // elements: far enough ahead for memory to answer, near enough to stay in L1 until then
+constexpr int64_t kGroup = 64;  // codes at a time
+constexpr int64_t kPrefetchDistance =
+    1280;  // elements: far enough ahead for memory to answer, near enough to stay in L1 until then
 
 inline void fetch_ahead(const float* x) { __builtin_prefetch(x + kPrefetchDistance, 0, 3); }
 
@@ -78,10 +79,10 @@ inline __m512i upper_words(__m512i first, __m512i second) {
 }
 
 inline __m512i upper_bytes(__m512i first, __m512i second) {
-  alignas(64) static constexpr uint8_t kIndex[64] = {
-      1,  3,  5,  7,  9,  11, 13, 15, 65, 67, 69, 71,  73,  75,  77,  79,  17, 19, 21, 23, 25, 27,
-      29, 31, 81, 83, 85, 87, 89, 91, 93, 95, 33, 35,  37,  39,  41,  43,  45, 47, 97, 99, 101, 103,
-      105, 107, 109, 111, 49, 51, 53, 55, 57, 59, 61,  63,  113, 115, 117, 119, 121, 123, 125, 127};
+  alignas(64) static constexpr uint8_t kIndex[64] = {1,  3,  5,  7,  9,  11, 13, 15, 65,  67,  69,  71,  73,  75,  77,  79,
+                                                     17, 19, 21, 23, 25, 27, 29, 31, 81,  83,  85,  87,  89,  91,  93,  95,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 97,  99,  101, 103, 105, 107, 109, 111,
+                                                     49, 51, 53, 55, 57, 59, 61, 63, 113, 115, 117, 119, 121, 123, 125, 127};
   return _mm512_permutex2var_epi8(first, _mm512_load_si512(kIndex), second);
 }
 

@@ -13,7 +13,7 @@
 namespace q_cpu {
 
 constexpr int kBookSize = 256;
-constexpr int kTableAlignment = 64;  // of what is loaded by whole vectors
+constexpr int kTableAlignment = 64;                        // of what is loaded by whole vectors
 constexpr int kCellShift = 16;                             // leaves sign, exponent and 7 mantissa bits
 constexpr int32_t kSmallestCell = (127 - 24) << 7;         // all magnitudes below 2^-24 share the first cell
 constexpr int32_t kLastCell = (127 << 7) - kSmallestCell;  // magnitude 1

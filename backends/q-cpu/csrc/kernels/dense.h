@@ -23,8 +23,8 @@ constexpr int64_t kStreamedRows = 64;        // a block
 constexpr int64_t kStreamedBytes = 1 << 18;  // of activations
 constexpr int64_t kLinesAheadBytes = 8192;
 
-// What a tile of so many tokens has of a weight: rows, and panels' widths of features at a time. Four of those are whole rows of many
-// models.
+// What a tile of so many tokens has of a weight: rows, and panels' widths of features at a time. Four of those are whole rows of
+// many models.
 template <int Tokens>
 struct Streamed {
   static constexpr int kRows = Tokens > 4 ? 2 : 1;

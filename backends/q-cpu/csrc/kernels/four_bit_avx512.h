@@ -82,10 +82,14 @@ inline int64_t encode_blocks(const float* x, int64_t count, const FourBitBook& b
 inline int64_t encode_small_blocks(const float* x, int64_t count, int64_t blocksize, const FourBitBook& book, float tensor_scale,
                                    float* absmax, uint8_t* packed) {
   switch (blocksize) {
-    case 16: return encode_blocks<4>(x, count, book, tensor_scale, absmax, packed);
-    case 32: return encode_blocks<2>(x, count, book, tensor_scale, absmax, packed);
-    case 64: return encode_blocks<1>(x, count, book, tensor_scale, absmax, packed);
-    default: return 0;
+    case 16:
+      return encode_blocks<4>(x, count, book, tensor_scale, absmax, packed);
+    case 32:
+      return encode_blocks<2>(x, count, book, tensor_scale, absmax, packed);
+    case 64:
+      return encode_blocks<1>(x, count, book, tensor_scale, absmax, packed);
+    default:
+      return 0;
   }
 }
 
@@ -118,8 +122,7 @@ template <bool kOneBlock>
 inline __m512i decode_half(__m512i codes, int half, __m512i tables) {
   alignas(64) static constexpr uint16_t kWords[2][32] = {
       {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7},
-      {8,  8,  8,  8,  9,  9,  9,  9,  10, 10, 10, 10, 11, 11, 11, 11,
-       12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 15, 15, 15, 15}};
+      {8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11, 12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 15, 15, 15, 15}};
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
   __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(_mm512_load_si512(kWords[half]), codes), shifts);
   if (!kOneBlock) {  // the second half of the lanes looks up in the second block's table

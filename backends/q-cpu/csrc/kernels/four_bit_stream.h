@@ -16,8 +16,8 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kGroup = 128;
-constexpr int64_t kLaneCodes = 8;        // codes of a group that meet in a lane
-constexpr int64_t kPrefetchBytes = 8192;  // ahead in one stream: several rows at a time were slower
+constexpr int64_t kLaneCodes = 8;           // codes of a group that meet in a lane
+constexpr int64_t kPrefetchBytes = 8192;    // ahead in one stream: several rows at a time were slower
 constexpr int64_t kOrderedBytes = 1 << 17;  // activations put in order at a time
 constexpr int64_t kCachedBytes = 1 << 15;   // of which stay in L1
 constexpr int64_t kStreamRows = 64;         // rows that they serve
@@ -232,7 +232,8 @@ inline void stream_some(const Product& a, const FourBitWeight& w, int64_t first,
   return stream_tokens<S, X, Tokens, false>(a, w, first, last);
 }
 
-// Whether `stream` takes a product: rows must begin with a lane's codes, and more than one token's activations be put in order once.
+// Whether `stream` takes a product: rows must begin with a lane's codes, and more than one token's activations be put in order
+// once.
 inline bool can_stream(const Product& a) {
   if (a.T < 1 || a.T > kStreamTokens || a.K % kLaneCodes != 0) return false;
   const int64_t number = a.dtype == Float::bf16 ? sizeof(StreamBf16::Number) : sizeof(StreamFloat::Number);

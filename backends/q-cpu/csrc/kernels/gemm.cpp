@@ -2,9 +2,9 @@
 //
 // An output element is summed over k in an order that depends on K alone, or with 4-bit weights on K, the blocksize and the way
 // taken: with AVX-512 a few tokens stream the codes through registers (four_bit_stream.h), in all other cases they meet the decoded
-// weight in panels (panels.h). Dense weights are read in two ways that make the same sums (dense.h). Which rows a thread has makes no
-// difference, so the bits are the same on any number of threads; and within one way, a token's don't depend on what else is in the
-// batch.
+// weight in panels (panels.h). Dense weights are read in two ways that make the same sums (dense.h). Which rows a thread has makes
+// no difference, so the bits are the same on any number of threads; and within one way, a token's don't depend on what else is in
+// the batch.
 
 #include "gemm.h"
 

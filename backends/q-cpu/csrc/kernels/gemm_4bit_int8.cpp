@@ -5,8 +5,8 @@
 // as it is read. Many tokens: panels of decoded weights for register tiles. The two sum in different orders, so a token's last bits
 // depend on whether its call has more than kFewTokens; within each they depend on nothing.
 
-#include "int8.h"
 #include "ahead.h"
+#include "int8.h"
 #include "int8_book.h"
 
 namespace q_cpu::Q_CPU_LEVEL {

@@ -4,8 +4,9 @@
 // and the result of a unit depends on nothing but that unit's input, so any partition over threads gives the same bits.
 //
 // The kernel sources are compiled once an ISA level, each time into a namespace of its own; a `Kernels` table is all that a level
-// exports. Its headers must stay free of inline functions and of std: what they defined would be compiled with AVX flags by one level
-// and picked by the linker for another. The arguments of a family's kernels and its part of the table are in the family's header.
+// exports. Its headers must stay free of inline functions and of std: what they defined would be compiled with AVX flags by one
+// level and picked by the linker for another. The arguments of a family's kernels and its part of the table are in the family's
+// header.
 
 #pragma once
 

@@ -67,7 +67,8 @@ inline void write_token(const WriteKv& a, const WriteSide& side, int64_t t) {
     const int64_t from = t * side.token_stride + g * side.head_stride;
     const int64_t slot = (block * a.G + g) * a.S + offset;
     if (a.format != CacheFormat::dense) {
-      encode_head(side.from_TGD, a.dtype, from, a.D, a.format, static_cast<uint8_t*>(side.cache_BGSD) + slot * a.D, side.scale_BGS + slot);
+      encode_head(side.from_TGD, a.dtype, from, a.D, a.format, static_cast<uint8_t*>(side.cache_BGSD) + slot * a.D,
+                  side.scale_BGS + slot);
       continue;
     }
     const int64_t element = a.dtype == Float::f32 ? 4 : 2;

@@ -1,6 +1,7 @@
 // Mixtures of experts: the router's choice, and what stands around the experts' products.
 //
-// Letters: T tokens, E experts, K features, k experts a token. A pair is a token and one of its experts; pairs are ordered by expert.
+// Letters: T tokens, E experts, K features, k experts a token. A pair is a token and one of its experts; pairs are ordered by
+// expert.
 
 #pragma once
 
@@ -14,7 +15,7 @@ struct RouteTopk {
   const void* logits_TE;
   Float dtype;
   int64_t T, E, k;  // E at most kMaxExperts
-  bool sigmoid;  // else softmax
+  bool sigmoid;     // else softmax
   bool renormalize;
   float* weights_Tk;
   int32_t* ids_Tk;

@@ -194,11 +194,10 @@ void silu_and_mul_rows(const SiluAndMul& a, int64_t first, int64_t last) {
 void rms_norm(const RmsNorm& a, int64_t first, int64_t last) {
   with_element(a.dtype, [&](auto element) {
     using T = decltype(element);
-    with_streaming(is_streamed(a.out, a.T, a.K * int64_t{sizeof(T)}),
-                   [&](auto streamed) {
-                     constexpr bool kStream = decltype(streamed)::value;
-                     a.residual == nullptr ? rms_norm_rows<T, kStream>(a, first, last) : add_rms_norm_rows<T, kStream>(a, first, last);
-                   });
+    with_streaming(is_streamed(a.out, a.T, a.K * int64_t{sizeof(T)}), [&](auto streamed) {
+      constexpr bool kStream = decltype(streamed)::value;
+      a.residual == nullptr ? rms_norm_rows<T, kStream>(a, first, last) : add_rms_norm_rows<T, kStream>(a, first, last);
+    });
   });
 }
 

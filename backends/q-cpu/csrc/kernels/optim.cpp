@@ -231,16 +231,22 @@ OptimizerNorms norms(const OptimizerTensor& a, const Settings& h, int64_t first,
 template <Bits kBits>
 int64_t step_by_rule(const OptimizerTensor& a, const Settings& h, int64_t first, int64_t last) {
   switch (h.rule) {
-    case OptimizerRule::adam: return step<Adam, kBits>(a, h, first, last);
-    case OptimizerRule::adamw: return step<AdamW, kBits>(a, h, first, last);
-    case OptimizerRule::ademamix: return step<AdEMAMix, kBits>(a, h, first, last);
-    case OptimizerRule::lion: return step<Lion, kBits>(a, h, first, last);
+    case OptimizerRule::adam:
+      return step<Adam, kBits>(a, h, first, last);
+    case OptimizerRule::adamw:
+      return step<AdamW, kBits>(a, h, first, last);
+    case OptimizerRule::ademamix:
+      return step<AdEMAMix, kBits>(a, h, first, last);
+    case OptimizerRule::lion:
+      return step<Lion, kBits>(a, h, first, last);
     case OptimizerRule::sgd:
       return h.momentum ? step<SGD<true>, kBits>(a, h, first, last) : step<SGD<false>, kBits>(a, h, first, last);
     case OptimizerRule::rmsprop:
       return h.momentum ? step<RMSprop<true>, kBits>(a, h, first, last) : step<RMSprop<false>, kBits>(a, h, first, last);
-    case OptimizerRule::adagrad: return step<Adagrad, kBits>(a, h, first, last);
-    case OptimizerRule::lamb: return step<LAMB, kBits>(a, h, first, last);
+    case OptimizerRule::adagrad:
+      return step<Adagrad, kBits>(a, h, first, last);
+    case OptimizerRule::lamb:
+      return step<LAMB, kBits>(a, h, first, last);
     case OptimizerRule::lars:
       return h.momentum ? step<LARS<true>, kBits>(a, h, first, last) : step<LARS<false>, kBits>(a, h, first, last);
   }
@@ -257,7 +263,10 @@ OptimizerNorms norms_by_rule(const OptimizerTensor& a, const Settings& h, int64_
 
 extern const OptimKernels optim_kernels;
 const OptimKernels optim_kernels = {
-    step_by_rule<Bits::eight>, step_by_rule<Bits::thirty_two>, norms_by_rule<Bits::eight>, norms_by_rule<Bits::thirty_two>,
+    step_by_rule<Bits::eight>,
+    step_by_rule<Bits::thirty_two>,
+    norms_by_rule<Bits::eight>,
+    norms_by_rule<Bits::thirty_two>,
 };
 
 }  // namespace q_cpu::Q_CPU_LEVEL

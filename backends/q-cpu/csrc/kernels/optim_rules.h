@@ -33,8 +33,8 @@ inline void adam_moments(Vector g, States& s, const Settings& h) {
   s.v = average(s.v, g * g, h.beta2, h.one_minus_beta2);
 }
 
-// What is divided by it is (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps) and the like, with the corrections taken out of
-// the elements' arithmetic, into the factors of the numerator.
+// What is divided by it is (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps) and the like, with the corrections taken out
+// of the elements' arithmetic, into the factors of the numerator.
 inline Vector adam_denominator(const States& s, const Settings& h) { return square_root(s.v) + h.eps_corrected; }
 
 inline Vector adam_step(const States& s, const Settings& h) { return s.m * h.lr_corrected / adam_denominator(s, h); }

@@ -14,7 +14,7 @@ namespace q_cpu::Q_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kPanelVectors = 2048 / static_cast<int64_t>(sizeof(Vector));  // of a token or a row in a panel
-constexpr int64_t kTokenTiles = 32;                                            // of a panel: 256 KiB with AVX-512
+constexpr int64_t kTokenTiles = 32;                                             // of a panel: 256 KiB with AVX-512
 constexpr int64_t kPanelTokens = kTokenTiles * kTileTokens;
 constexpr int64_t kSumTiles = 2048;  // kept for a block of rows: 192 KiB
 
@@ -156,7 +156,8 @@ inline void multiply_panels(const Product& a, int64_t first, int64_t last, const
       for (int64_t k = 0; k < a.K; k += kPanelK<P>) {
         const int64_t width = smaller(kPanelK<P>, a.K - k);
         for (int64_t t = 0; t < tokens; t += kTileTokens) {
-          pack_tokens<P, Rows::kEvenOdd>(x + (token + t) * a.K + k, a.K, smaller(kTileTokens, tokens - t), width, x_panel[t / kTileTokens]);
+          pack_tokens<P, Rows::kEvenOdd>(x + (token + t) * a.K + k, a.K, smaller(kTileTokens, tokens - t), width,
+                                         x_panel[t / kTileTokens]);
         }
         TileSums* tile = sums;
         for (int64_t r = 0; r < rows; r += kTileRows) {

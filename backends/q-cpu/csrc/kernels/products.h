@@ -25,9 +25,7 @@ struct F16 {
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline __mmask32 first_words(int64_t count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); }
 
-inline Vector widen_bf16(__m256i halves) {
-  return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
+inline Vector widen_bf16(__m256i halves) { return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
 inline Vector load_floats(const float* from) { return load_vector(from); }
 inline Vector load_floats(const Bf16* from) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }

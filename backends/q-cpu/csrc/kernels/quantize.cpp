@@ -237,7 +237,7 @@ void quantize_int8_rowwise(const QuantizeInt8Rowwise& a, int64_t first, int64_t 
 
 extern const QuantizeKernels quantize_kernels;
 const QuantizeKernels quantize_kernels = {
-    quantize_blockwise, dequantize_blockwise, find_absmax,          quantize_4bit,
+    quantize_blockwise, dequantize_blockwise, find_absmax,           quantize_4bit,
     dequantize_4bit,    find_outlier_columns, quantize_int8_rowwise,
 };
 

@@ -15,9 +15,8 @@ extern const MoeKernels moe_kernels;
 
 extern const Kernels table;
 const Kernels table = {
-    Q_CPU_LEVEL_NAME, Q_CPU_LEVEL_DISPLAY, &quantize_kernels,  &gemm_kernels,
-    &optim_kernels,   &int8_kernels,       &attention_kernels, &norm_kernels,
-    &moe_kernels,
+    Q_CPU_LEVEL_NAME, Q_CPU_LEVEL_DISPLAY, &quantize_kernels, &gemm_kernels, &optim_kernels,
+    &int8_kernels,    &attention_kernels,  &norm_kernels,     &moe_kernels,
 };
 
 }  // namespace q_cpu::Q_CPU_LEVEL

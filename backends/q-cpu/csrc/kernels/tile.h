@@ -43,8 +43,8 @@ inline __m512 fold_lanes(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
 
-// Adds the sum of each vector's lanes to its place in `sums`. A call, which gcc would make of it, costs as much as a sixth of a tile:
-// all of its vectors would go through memory.
+// Adds the sum of each vector's lanes to its place in `sums`. A call, which gcc would make of it, costs as much as a sixth of a
+// tile: all of its vectors would go through memory.
 template <int Count>
 __attribute__((always_inline)) inline void add_lanes(const Vector (&v)[Count], float* sums) {
   int i = 0;
@@ -91,8 +91,8 @@ __attribute__((always_inline)) inline void add_lanes(const Vector (&v)[Count], f
 // whole_sums(Tokens * Rows) of them. With `Prefetch` what lies at `next`, as these rows do, is fetched meanwhile, its vectors
 // `next_step` apart.
 template <class P, int Tokens, int Rows, bool Prefetch>
-inline void multiply_tile(const typename P::X* x, Strides x_strides, const typename P::W* w, Strides w_strides,
-                          int64_t width, float* sums, const typename P::W* next, int64_t next_step) {
+inline void multiply_tile(const typename P::X* x, Strides x_strides, const typename P::W* w, Strides w_strides, int64_t width,
+                          float* sums, const typename P::W* next, int64_t next_step) {
   Vector tile[whole_sums(Tokens * Rows)] = {};
   int64_t k = 0;
   for (; k + P::kStep <= width; k += P::kStep, x += x_strides.step, w += w_strides.step, next += next_step) {

@@ -8,9 +8,12 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.config import QConfig
 from q_nn.convert import quantize_module
 from q_nn.data_parallel import prepare_ddp
+from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
 from q_nn.experts import QuantizedExperts
-from q_nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_grouped import LinearGroupedInt
+from q_nn.linear_int8 import LinearInt8
 from q_nn.load import load_into
 from q_nn.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from q_nn.memory import weight_bytes
@@ -28,6 +31,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AffineGroups",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
     "FourBit",
     "Fp8Rows",
     "Int8Rows",
@@ -36,6 +43,7 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearGroupedInt",
+    "LinearInt8",
     "LinearNF4",
     "LoRAConfig",
     "LoRALinear",

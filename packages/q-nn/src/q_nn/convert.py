@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn import experts
-from q_nn.layers import around
-from q_nn.linear import Linear8bitLt
+from q_nn.embedding import check_embedding
+from q_nn.layers import around, embedding_around
+from q_nn.linear8bit import Linear8bitLt
+from q_nn.linear_int8 import LinearInt8
 from q_nn.rules import QRule
-from q_nn.state_hooks import install
 
 Weights = Mapping[str, QuantizedTensor]
 
@@ -119,21 +119,24 @@ def _refuse_fp8(module: nn.Module, rule: QRule) -> str | None:
 
 
 def _rebuild_linear(linear: nn.Linear, weights: Weights, rule: QRule) -> nn.Module:
+    if rule.format == "int8_weight_only":
+        return LinearInt8._around(linear, weights["weight"])
     layer = around(linear, weights["weight"])
     if isinstance(layer, Linear8bitLt):
-        layer.activations = "int8" if rule.format == "int8" else "native"
+        layer.threshold = rule.outlier_threshold()
     return layer
 
 
 def _refuse_embedding(embedding: nn.Embedding, rule: QRule) -> str | None:
-    return _refuse_fp8(embedding, rule) if embedding.max_norm is None else "max_norm renormalizes its weight in place"
+    try:
+        check_embedding("quantize", embedding)
+    except ValueError as error:
+        return str(error).removeprefix("quantize: ")
+    return _refuse_fp8(embedding, rule)
 
 
 def _rebuild_embedding(embedding: nn.Embedding, weights: Weights, rule: QRule) -> nn.Module:
-    layer = copy.copy(embedding)
-    layer._parameters = {"weight": nn.Parameter(weights["weight"], requires_grad=False)}
-    install(layer)
-    return layer
+    return embedding_around(embedding, weights["weight"])
 
 
 def _refuse_experts(module: nn.Module, rule: QRule) -> str | None:

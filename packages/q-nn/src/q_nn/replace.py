@@ -10,7 +10,7 @@ from torch import nn
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
-from q_nn.linear import Linear8bitLt
+from q_nn.linear8bit import Linear8bitLt
 from q_nn.patterns import matching
 from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
@@ -62,9 +62,11 @@ def plan_replacements(
 
 def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
     weight = linear.weight
+    if config.has_fp16_weights:
+        return Linear8bitLt.from_linear(linear, threshold=config.threshold, has_fp16_weights=True)
     layer = around(linear, QuantizedTensor.empty(weight.shape, config.format, dtype=weight.dtype, device=weight.device))
     if isinstance(layer, Linear8bitLt):
-        layer.activations = config.activations
+        layer.threshold = config.threshold
     return layer
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 from torch import nn
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS, FourBitType
-from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
+from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WeightFormat
@@ -19,7 +19,6 @@ from q_nn.patterns import check_patterns, matching
 FormatName = FourBitType | Literal["int8", "int8_weight_only", "fp8"]
 FORMATS: tuple[str, ...] = (*get_args(FourBitType), "int8", "int8_weight_only", "fp8")
 
-USUAL_BLOCKSIZE = 64
 USUAL_THRESHOLD = 6.0
 """Of LLM.int8() (arXiv 2208.07339), and so of transformers."""
 
@@ -75,8 +74,7 @@ class QRule:
             return Fp8Rows()
         if self.format == "int8" or self.format == "int8_weight_only":
             return Int8Rows()
-        nested = _takes_double_quant(self.format) if self.double_quant is None else self.double_quant
-        return FourBit(self.format, self.blocksize or usual_blocksize(self.format), NESTED_BLOCKSIZE if nested else None)
+        return FourBit.of(self.format, blocksize=self.blocksize, double_quant=self.double_quant)
 
     def outlier_threshold(self) -> float:
         """The threshold of "int8", the usual one where the rule doesn't say."""
@@ -105,12 +103,6 @@ class QRule:
         return cls(**settings)
 
 
-def usual_blocksize(format: FourBitType) -> int:
-    """Elements a scale where nobody says."""
-    blocksizes = FOUR_BIT_BOOKS[format].blocksizes
-    return USUAL_BLOCKSIZE if USUAL_BLOCKSIZE in blocksizes else blocksizes[0]
-
-
 def check_settings(
     what: str, format: FormatName | None, blocksize: int | None, double_quant: bool | None, threshold: float | None
 ) -> None:
@@ -120,15 +112,15 @@ def check_settings(
     if double_quant is not None and not isinstance(double_quant, bool):
         raise TypeError(f"{what}: double_quant is {double_quant!r}, expected True, False or None")
     if blocksize is not None:
-        if format not in FOUR_BIT_BOOKS:
+        if format is None or format not in FOUR_BIT_BOOKS:
             raise ValueError(f"{what}: blocksize is for 4-bit formats, not for {format!r}; leave it out")
         if type(blocksize) is not int or blocksize not in FOUR_BIT_BOOKS[format].blocksizes:
             raise ValueError(
                 f"{what}: blocksize is {blocksize!r}, expected one of {FOUR_BIT_BOOKS[format].blocksizes} for {format!r}"
             )
-    if double_quant is not None and format not in FOUR_BIT_BOOKS:
+    if double_quant is not None and (format is None or format not in FOUR_BIT_BOOKS):
         raise ValueError(f"{what}: double_quant is for 4-bit formats, not for {format!r}; leave it out")
-    if double_quant and not _takes_double_quant(format):
+    if double_quant and format is not None and FOUR_BIT_BOOKS[format].scale != "absmax":
         raise ValueError(f"{what}: double_quant is True, but the scales of {format!r} take one byte as they are; leave it out")
     if threshold is not None:
         if format != "int8":
@@ -144,7 +136,3 @@ def check_keys(what: str, cls: type, settings: object) -> None:
     known = [field.name for field in fields(cls)]
     if unknown := sorted(map(str, set(settings) - set(known))):
         raise ValueError(f"{what}: unknown keys {unknown}, expected some of {known}")
-
-
-def _takes_double_quant(format: FormatName | None) -> bool:
-    return format in FOUR_BIT_BOOKS and FOUR_BIT_BOOKS[format].scale == "absmax"

@@ -136,9 +136,9 @@ class GroupedInt(WeightFormat):
         absmax = (7 * scale).repeat_interleave(self.group_size // blocksize, dim=1)
         return ops.gemm_4bit(x_TK, codes, absmax.reshape(-1), shape=shape, blocksize=blocksize, quant_type="int4")
 
-    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         rows = ids.reshape(-1)
-        gathered = {name: part if name == "order" else part[rows] for name, part in resolved.items()}
+        gathered = {name: part if name == "order" else part.index_select(0, rows) for name, part in components.items()}
         return self.dequantize(gathered, (*ids.shape, shape[1]), dtype)
 
     # --- rows and layouts -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from q_core.formats.quantized_tensor import (
     OPERATORS,
     QuantizedTensor,
     alias,
+    canonical_components,
     check_dtype,
     held_components,
     linear,
@@ -27,6 +28,7 @@ from q_core.formats.quantized_tensor import (
 )
 from q_core.formats.sharding import is_dtensor
 from q_core.layouts import CANONICAL
+from q_core.specs.check import short
 
 aten = torch.ops.aten
 
@@ -58,7 +60,9 @@ def _embedding(
         unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
     if max_norm is not None:
         unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
-    return weight.format.embedding(input, resolve(weight), weight.shape, weight.dtype)
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"torch.nn.functional.embedding: input is {short(input.dtype)}, expected indices, int64 or int32")
+    return weight.format.embedding(input, canonical_components(weight), weight.shape, weight.dtype)
 
 
 def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:

@@ -48,8 +48,10 @@ class ScaledRows(WeightFormat):
     def dequantize(self, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._decode(resolved["codes"], resolved["absmax"], dtype).view(tuple(shape))
 
-    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
+    def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        rows = ids.reshape(-1)  # index_select refuses what is no row; an index in brackets takes -1 for the last
+        decoded = self._decode(components["codes"].index_select(0, rows), components["absmax"].index_select(0, rows), dtype)
+        return decoded.view(*ids.shape, shape[1])
 
     def check_cut(self, shape: Sequence[int], row: int) -> None:
         if len(shape) < 2:

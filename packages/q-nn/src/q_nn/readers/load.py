@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_core.specs.check import short
 from q_nn.layers import around, replace_module
-from q_nn.linear import Linear8bitLt, QuantizedLinear
+from q_nn.linear import QuantizedLinear
+from q_nn.linear_int8 import LinearInt8
 from q_nn.load import representatives
 from q_nn.readers.checks import refuse
 from q_nn.readers.gguf import check_config
@@ -33,8 +35,7 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
 
     Linear layers whose weight is quantized in the checkpoint are swapped for ours, whatever config.json says of others; an embedding holds
     a quantized weight itself. Weights keep the model's dtype and device; on the meta device they come alive on the CPU. What is tied stays
-    tied. Activations are taken as they are, also where a checkpoint was made for quantized ones: for products in int8 set
-    ``layer.activations`` of the :class:`q_nn.Linear8bitLt` layers.
+    tied. Activations are taken as they are, also where a checkpoint was made for a program that rounds them.
 
     A bias of zeros for a layer that has none is dropped: some writers of GPTQ add one to every layer.
 
@@ -65,6 +66,8 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
     swaps: dict[int, tuple[nn.Linear, nn.Linear]] = {}
     for key, (module, _, _) in slots.items():
         value = values[first[key]]
+        if isinstance(value, QuantizedTensor) and module is model:
+            refuse(f"load_foreign: {key}", "is the model's own", "a weight of a layer inside, in whose place another can be put")
         if isinstance(value, QuantizedTensor) and (linear := _linear(key, module)) is not None:
             swaps[id(module)] = linear, _around(linear, value)
 
@@ -124,10 +127,7 @@ def _linear(key: str, module: nn.Module) -> nn.Linear | None:
 
 
 def _around(linear: nn.Linear, weight: QuantizedTensor) -> QuantizedLinear:
-    layer = around(linear, weight)
-    if isinstance(layer, Linear8bitLt):
-        layer.activations = "native"
-    return layer
+    return LinearInt8._around(linear, weight) if isinstance(weight.format, Int8Rows) else around(linear, weight)
 
 
 def _some(keys: list[str]) -> str:
