@@ -17,11 +17,12 @@ from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn.readers.checks import Parts, Settings
 from q_nn.readers.grouped_weight import GroupedWeight, unpack_words
 
-_ABOUT_MAKING = """
-    modules_to_not_convert backend do_fuse fuse_max_seq_len modules_to_fuse exllama_config sym desc_act meta tokenizer dataset damp_percent
-    true_sequential model_seqlen batch_size block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize
-    pad_token_id max_input_length cache_block_outputs act_group_aware checkpoint_format
-""".split()
+_ABOUT_MAKING = (
+    "modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "sym", "desc_act",
+    "meta", "tokenizer", "dataset", "damp_percent", "true_sequential", "model_seqlen", "batch_size", "block_name_to_quantize",
+    "module_name_preceding_first_block", "modules_in_block_to_quantize", "pad_token_id", "max_input_length",
+    "cache_block_outputs", "act_group_aware", "checkpoint_format",
+)  # fmt: skip
 """Settings that say how weights were made, or how a program computes with them, and those that transformers' class inherits of GPTQ's."""
 
 _PLACE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
