@@ -437,3 +437,48 @@ def test_nothing_refers_to_it_weakly(format: WeightFormat) -> None:
 
 def test_repr_decodes_nothing() -> None:
     assert repr(make(Int8Rows()).to("meta")) == "QuantizedTensor(Int8Rows(), shape=(48, 128), dtype=torch.float32, device='meta')"
+
+
+# --- writing into one ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [FourBit(), FourBit("fp4", 32, 256), Int8Rows()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_added_is_quantized_again(format: WeightFormat, dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(QuantizedTensor.quantize(torch.randn(8, 64, dtype=dtype), format), requires_grad=False)
+    update = torch.randn(8, 64)
+    before = weight.dequantize()
+    with torch.no_grad():
+        weight += update
+    assert torch.equal(weight, QuantizedTensor.quantize((before.float() + update).to(dtype), format))
+    before = weight.dequantize()
+    weight.data -= update
+    assert torch.equal(weight, QuantizedTensor.quantize((before.float() - update).to(dtype), format))
+    assert weight.format == format and not weight.requires_grad
+    unchanged = weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        weight.data += torch.full((8, 64), torch.nan)
+    assert torch.equal(weight, unchanged)
+    with pytest.raises(ValueError, match=r"call \.dequantize"):
+        torch.randn(8, 64).add_(weight)
+
+
+def test_new_data_takes_the_place_of_the_old() -> None:
+    weight = torch.nn.Parameter(QuantizedTensor.quantize(torch.randn(8, 64), FourBit(nested_blocksize=256)), requires_grad=False)
+    assert torch.nn.functional.linear(torch.randn(2, 64), weight).shape == (2, 8)  # scales are decoded, and kept
+    other = QuantizedTensor.quantize(torch.randn(8, 64, dtype=torch.bfloat16), FourBit("fp4", 32))
+    weight.data = other
+    assert (weight.format, weight.dtype, isinstance(weight, torch.nn.Parameter)) == (other.format, torch.bfloat16, True)
+    assert torch.equal(weight, other) and weight.cached_bytes == 0 and not hasattr(weight, "nested_absmax")
+    weight.data = weight.data.to(torch.float32)
+    assert weight.dtype == torch.float32 and torch.equal(weight.dequantize(), other.float().dequantize())
+    dense = torch.randn(8, 64)
+    weight.data = dense  # as copy_ does
+    assert torch.equal(weight, QuantizedTensor.quantize(dense, other.format))
+    with pytest.raises(ValueError, match=r"data: the new value has shape \[4, 64\], expected \[8, 64\]"):
+        weight.data = torch.randn(4, 64)
+
+
+def test_isfinite_is_of_what_it_decodes_to() -> None:
+    weight = QuantizedTensor.quantize(torch.randn(8, 64), FourBit())
+    assert torch.isfinite(weight).shape == weight.shape and bool(torch.isfinite(weight).all())

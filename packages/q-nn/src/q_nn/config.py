@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -13,6 +14,9 @@ from q_nn.patterns import check_patterns, matching
 from q_nn.rules import FormatName, QRule, check_keys, check_settings
 
 DEFAULT_SKIP = ("lm_head",)
+
+QUANT_METHOD = "q_nn"
+"""What config.json of a Hugging Face model says where the weights are in formats that only this package reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,13 @@ class QConfig:
         assert format is not None
         return format
 
+    @property
+    def quant_method(self) -> str:
+        """The name that transformers asks a quantization config for, to find who serves it; so that it finds us, see :mod:`q_nn.hf`."""
+        if "transformers" in sys.modules:
+            import q_nn.hf  # noqa: F401 (registers)
+        return QUANT_METHOD
+
     def rule_for(self, name: str, module: nn.Module) -> QRule | None:
         """The first rule that means a module."""
         return next((rule for rule in self.rules if rule.means(name, module)), None)
@@ -70,7 +81,7 @@ class QConfig:
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, all of it but what is ``None``."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
-        said |= {"skip": list(self.skip), "rules": [rule.to_dict() for rule in self.rules]}
+        said |= {"quant_method": QUANT_METHOD, "skip": list(self.skip), "rules": [rule.to_dict() for rule in self.rules]}
         return {name: value for name, value in said.items() if value is not None}
 
     @classmethod
@@ -80,6 +91,10 @@ class QConfig:
         Raises:
             ValueError, TypeError: a key is unknown, or a value isn't one that it takes.
         """
+        if isinstance(settings, Mapping) and "quant_method" in settings:
+            if settings["quant_method"] != QUANT_METHOD:
+                raise ValueError(f"QConfig: quant_method is {settings['quant_method']!r}, expected {QUANT_METHOD!r}")
+            settings = {key: value for key, value in settings.items() if key != "quant_method"}
         check_keys("QConfig", cls, settings)
         lists = {name: _as_tuple(name, settings[name]) for name in ("skip", "rules") if name in settings}
         if "rules" in lists:

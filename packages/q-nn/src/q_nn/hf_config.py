@@ -1,4 +1,8 @@
-"""The ``quantization_config`` of a Hugging Face config.json, in transformers' dialect for bitsandbytes."""
+"""The ``quantization_config`` of a Hugging Face config.json: in transformers' dialect for bitsandbytes, or in our own.
+
+Ours is a :class:`q_nn.QConfig`, as ``to_dict`` writes it. It is for what the other has no words for: several formats in one model, other
+formats, experts, embeddings.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
+from q_nn.describe import describe, quantized_weights
 from q_nn.linear8bit import Linear8bitLt, check_threshold
 from q_nn.patterns import check_patterns, matching
 
@@ -89,14 +94,14 @@ class BitsAndBytesConfig:
 
 
 def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Describe a model's quantized layers in the dialect; ``None`` if it has none.
+    """Describe a model's quantized layers: in bitsandbytes' dialect if that can say it, else in ours; ``None`` if it has none.
 
     Args:
-        model: its layers of one kind: the dialect knows one type for all.
+        model: any.
         dtype: of the activations.
 
     Raises:
-        ValueError: the layers are of several kinds.
+        ValueError: a weight is held in a way that neither has words for.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantized = {
@@ -105,10 +110,13 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
         if isinstance(layer, Linear8bitLt) or isinstance(layer.weight, QuantizedTensor)
     }
     if not quantized:
-        return None
+        described = describe(model)
+        return None if described is None else described.to_dict()
     kinds = {_kind(layer) for layer in quantized.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"save_pretrained: layers are quantized as {sorted(map(str, kinds))}; config.json can say one kind only")
+    if len(kinds) > 1 or not _all_in_dialect(model):
+        described = describe(model)
+        assert described is not None
+        return described.to_dict()
     (settings,) = kinds
     return {
         "quant_method": "bitsandbytes",
@@ -118,6 +126,18 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
         "llm_int8_skip_modules": [_name_exactly(name, quantized) for name in layers if name not in quantized],
         "llm_int8_enable_fp32_cpu_offload": False,
     }
+
+
+def _all_in_dialect(model: nn.Module) -> bool:
+    """Whether all that is quantized are linear layers in formats of bitsandbytes'."""
+    for module in model.modules():
+        formats = [weight.format for weight in quantized_weights(module).values()]
+        if formats and not isinstance(module, nn.Linear):
+            return False
+        for format in formats:
+            if not isinstance(format, Int8Rows) and not (isinstance(format, FourBit) and format.quant_type in _QUANT_TYPES):
+                return False
+    return True
 
 
 def _kind(layer: nn.Linear) -> tuple[tuple[str, Any], ...]:

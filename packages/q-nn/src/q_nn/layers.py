@@ -16,7 +16,6 @@ from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_grouped import LinearGroupedInt
 
 _FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": LinearFP4}
-
 _FOUR_BIT_EMBEDDINGS: dict[str, type[QuantizedEmbedding]] = {"nf4": EmbeddingNF4, "fp4": EmbeddingFP4}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ from q_core.formats.checkpoint import flat_keys, from_flat
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.specs.check import short
 from q_nn.checkpoint import Checkpoint
+from q_nn.config import QUANT_METHOD, QConfig
+from q_nn.convert import rebuild
+from q_nn.describe import describe
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import replace_module
+from q_nn.plan import PlannedLayer, plan_quantization
 from q_nn.replace import plan_replacements
 from q_nn.sharded import refuse_sharded
 from q_nn.state_hooks import accepts
@@ -26,10 +31,10 @@ _NAMED_IN_ERRORS = 5
 def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
-    Linear layers that the config says are quantized are swapped first (:func:`q_nn.replace_linears`). Parameters are replaced, not copied
-    into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied parameters stay tied. Keys that
-    transformers 5 renames, and tensors an expert that it stacks, are read as it reads them. What GPTQ, AWQ or
-    compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
+    Modules that the config says are quantized are swapped first (:func:`q_nn.replace_linears`; :class:`q_nn.QConfig` for our own dialect).
+    Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied
+    parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    What GPTQ, AWQ or compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
     and a model whose parameters are on the meta device (accelerate's ``init_empty_weights`` makes one) is held once.
@@ -51,13 +56,11 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     if quantized_elsewhere(config.get("quantization_config")):
         load_foreign(model, source)
         return
-    swaps: dict[str, tuple[nn.Linear, nn.Linear]] = {}
-    if config.get("quantization_config") is not None:
-        swaps = plan_replacements(model, BitsAndBytesConfig.from_dict(config["quantization_config"]))
-    slots = dict(_slots(model, swaps))
+    swaps = plan_swaps(model, config.get("quantization_config"))
+    slots = slots_of(model, swaps)
     _check_all_real(model, slots)
-    checkpoint = Checkpoint(source, model, {key: tensor for key, (_, _, tensor) in slots.items()})
-    values = _fit(slots, representatives(model, {key: tensor for key, (_, _, tensor) in slots.items()}), checkpoint)
+    tensors = {key: tensor for key, (_, _, tensor) in slots.items()}
+    values = _fit(slots, representatives(model, tensors), Checkpoint(source, model, tensors))
 
     for old, new in swaps.values():
         replace_module(model, old, new)
@@ -69,14 +72,53 @@ Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of a tensor in it, and the tensor that is there now."""
 
 
-def _slots(model: nn.Module, swaps: dict[str, tuple[nn.Linear, nn.Linear]]) -> Iterator[tuple[str, Slot]]:
+Swaps = dict[str, tuple[nn.Module, nn.Module]]
+"""Modules and what is to take their places, by name."""
+
+
+def plan_swaps(model: nn.Module, quantization_config: Mapping[str, Any] | None) -> Swaps:
+    """The modules that must make place for quantized ones, which are empty, before a checkpoint with this config fits; nothing is changed.
+
+    Raises:
+        ValueError, TypeError: the config is in no dialect that is known, or contradicts itself or the model.
+    """
+    if quantization_config is None:
+        return {}
+    if not isinstance(quantization_config, Mapping) or quantization_config.get("quant_method") != QUANT_METHOD:
+        return {**plan_replacements(model, BitsAndBytesConfig.from_dict(quantization_config))}
+    config = QConfig.from_dict(quantization_config)
+    if describe(model) == config:
+        return {}
+    swaps: Swaps = {}
+    for layer in plan_quantization(model, config).layers:
+        weights = empty_weights(model.get_submodule(layer.names[0]), layer)
+        for name, rule in zip(layer.names, layer.rules, strict=True):
+            old = model.get_submodule(name)
+            new = rebuild(old, weights, rule)
+            swaps[name] = old, new
+            shared = swaps[layer.names[0]][1]._parameters
+            new._parameters.update({own: shared[own] for own in weights})  # one parameter where modules share it
+    return swaps
+
+
+def empty_weights(module: nn.Module, layer: PlannedLayer) -> dict[str, QuantizedTensor]:
+    """The weights of a module that is planned to be quantized, to be loaded into."""
+    format = layer.rules[0].weight_format()
+    assert format is not None
+    dense = {own: module.get_parameter(own) for own in layer.kind.weights}
+    return {own: QuantizedTensor.empty(p.shape, format, dtype=p.dtype, device=p.device) for own, p in dense.items()}
+
+
+def slots_of(model: nn.Module, swaps: Swaps) -> dict[str, Slot]:
     """All that a checkpoint must hold, by key, as it will be after the swaps."""
     future = {id(old): new for old, new in swaps.values()}
+    slots: dict[str, Slot] = {}
     for prefix, present in model.named_modules(remove_duplicate=False):
         module: nn.Module = future.get(id(present), present)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".lstrip("."), (module, name, tensor)
+                slots[f"{prefix}.{name}".lstrip(".")] = module, name, tensor
+    return slots
 
 
 def representatives(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -110,7 +152,7 @@ def _fit(slots: dict[str, Slot], tied: dict[str, str], checkpoint: Checkpoint) -
     check_keys("load_into", tied, checkpoint)
     for key, slot in slots.items():
         if key in checkpoint.headers:
-            _check_header(key, slot[2], checkpoint.headers)
+            check_header("load_into", key, slot[2], checkpoint.headers)
     values: dict[str, Tensor] = {}
     for key, slot in slots.items():
         if key in checkpoint.headers and tied[key] not in values:
@@ -118,17 +160,17 @@ def _fit(slots: dict[str, Slot], tied: dict[str, str], checkpoint: Checkpoint) -
     return {key: values[tied[key]] for key in slots}
 
 
-def _check_header(key: str, target: Tensor, headers: dict[str, Tensor]) -> None:
-    header = headers[key]
-    quantized = bool(flat_keys(key, headers))
+def check_header(what: str, key: str, target: Tensor, headers: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor that can't be what is wanted at its key, before it is read. Of quantized ones that is for ``from_flat`` to say."""
     if isinstance(target, QuantizedTensor):
-        return  # from_flat checks it against all that belongs to it
-    if quantized:
-        raise ValueError(f"load_into: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
+        return
+    header = headers[key]
+    if flat_keys(key, headers):
+        raise ValueError(f"{what}: {key} is quantized, but config.json doesn't say so of {key.rpartition('.')[0]}")
     if header.shape != target.shape:
-        raise ValueError(f"load_into: {key} has shape {list(header.shape)}, expected {list(target.shape)}")
+        raise ValueError(f"{what}: {key} has shape {list(header.shape)}, expected {list(target.shape)}")
     if header.is_floating_point() != target.is_floating_point():
-        raise ValueError(f"load_into: {key} has dtype {short(header.dtype)}, expected one as {short(target.dtype)}")
+        raise ValueError(f"{what}: {key} has dtype {short(header.dtype)}, expected one as {short(target.dtype)}")
 
 
 def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:

@@ -64,8 +64,8 @@ def measure_peak(device: torch.device | str | None = None) -> Iterator[PeakMemor
             optimizer.step()
         print(memory)
 
-    On the CPU everything in the process counts, other threads and the interpreter too, and files that it maps as far as they were read. What
-    was freed is given back to the system before, so that what takes its place counts again. Measurements on one device can't be nested.
+    On the CPU everything in the process counts, other threads and the interpreter too, and of files that it maps what was read. What was
+    freed is given back to the system before, so that what takes its place counts again. Measurements on one device can't be nested.
 
     Args:
         device: an accelerator, or "cpu"; by default the current accelerator if there is one.

@@ -10,8 +10,9 @@ from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
 from q_nn.config import QConfig
 from q_nn.convert import LINEAR, quantize_weights, rebuild
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.memory import tensor_bytes, weight_bytes
-from q_nn.plan import PlannedLayer, plan_quantization
+from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.report import QuantizedLayer, QuantizeReport
 from q_nn.sharded import refuse_sharded
 
@@ -38,19 +39,25 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
     Raises:
         ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
-            a rule or a pattern of ``config.skip`` means nothing, or the model is sharded; the message names it, and nothing is changed.
+            a rule or a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and
+            nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")
     refuse_sharded("quantize", model, "quantize before fully_shard")
+    refuse_adapted("quantize", model)
     plan = plan_quantization(model, config)
     for layer in plan.layers:
         _check_weights(model, layer)
+    return apply_plan(model, plan, progress=progress)
+
+
+def apply_plan(model: nn.Module, plan: QuantizePlan, *, progress: bool = False) -> QuantizeReport:
+    """Quantize what was planned, of values that were checked. A model on the meta device becomes the quantized one there."""
     before = weight_bytes(model)
     places = _places(model)
     done = [
-        _quantize_layer(model, layer, places)
-        for layer in tqdm(plan.layers, desc=f"quantize to {config.format}", unit="layer", disable=not progress)
+        _quantize_layer(model, layer, places) for layer in tqdm(plan.layers, desc="quantize", unit="layer", disable=not progress)
     ]
     return QuantizeReport(tuple(done), plan.kept, before, weight_bytes(model))
 

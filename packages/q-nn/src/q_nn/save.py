@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from q_core.formats.checkpoint import flat_keys
 from q_core.formats.sharding import is_dtensor
 from q_nn.atomic import replacing
 from q_nn.hf_config import quantization_config
@@ -46,13 +46,16 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, max_sha
     if adapters := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
         raise ValueError(f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more hold adapters; merge_lora(model) first")
     max_bytes = size_in_bytes(max_shard_size)
-    tensors = _tensors(model)
+    groups = tensors_by_module(model)
+    for group in groups.values():
+        for name, tensor in group.items():
+            _check(name, tensor)
     description = describe(model, config)
     generation = getattr(model, "generation_config", None)
 
     with replacing(Path(directory), is_model_file, entry=CONFIG) as stage:
         writer = ShardWriter(stage, max_bytes)
-        for group in _by_module(model, tensors):
+        for group in groups.values():
             writer.add(group)
         writer.finish()
         write_json(stage / CONFIG, description)
@@ -60,36 +63,31 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, max_sha
             write_json(stage / GENERATION_CONFIG, json.loads(generation.to_json_string()))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in plain tensors, each parameter once."""
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"save_pretrained: {name} is on the meta device, expected real values; load the model first")
+    if is_dtensor(tensor):
+        raise ValueError(
+            f"save_pretrained: {name} is sharded, expected a whole model; load what torch's "
+            "get_model_state_dict gives with full_state_dict=True into one, and save that"
+        )
+
+
+def tensors_by_module(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The state dict in plain tensors, each parameter once, those of each module together and in the order of the modules."""
+    state: dict[str, Tensor] = prepare(model).state_dict()
     first_names: dict[int, str] = {}
-    duplicates = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first_names.setdefault(id(parameter), name) != name:
-            duplicates.add(name)
-    tensors = {}
-    for name, tensor in prepare(model).state_dict().items():
-        if name not in duplicates:
-            if tensor.is_meta:
-                raise ValueError(f"save_pretrained: {name} is on the meta device, expected real values; load the model first")
-            if is_dtensor(tensor):
-                raise ValueError(
-                    f"save_pretrained: {name} is sharded, expected a whole model; load what torch's "
-                    "get_model_state_dict gives with full_state_dict=True into one, and save that"
-                )
-            tensors[name] = tensor
-    return tensors
-
-
-def _by_module(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each module together, in the order of the modules."""
+            for key in flat_keys(name, state) or (name,):
+                state.pop(key, None)
     groups: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_modules(remove_duplicate=False)}
-    for key, tensor in tensors.items():
+    for key, tensor in state.items():
         owner = key.rpartition(".")[0]
         while owner not in groups:  # the flat layout adds to a parameter's name
             owner = owner.rpartition(".")[0]
         groups[owner][key] = tensor
-    return (group for group in groups.values() if group)
+    return {name: group for name, group in groups.items() if group}
 
 
 def describe(model: nn.Module, config: Any) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class GroupedInt(WeightFormat):
         return ops.gemm_4bit(x_TK, codes, absmax.reshape(-1), shape=shape, blocksize=blocksize, quant_type="int4")
 
     def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        rows = ids.reshape(-1)
+        rows = ids.reshape(-1)  # index_select refuses what is no row; an index in brackets takes -1 for the last
         gathered = {name: part if name == "order" else part.index_select(0, rows) for name, part in components.items()}
         return self.dequantize(gathered, (*ids.shape, shape[1]), dtype)
 

@@ -127,7 +127,9 @@ def _linear(key: str, module: nn.Module) -> nn.Linear | None:
 
 
 def _around(linear: nn.Linear, weight: QuantizedTensor) -> QuantizedLinear:
-    return LinearInt8._around(linear, weight) if isinstance(weight.format, Int8Rows) else around(linear, weight)
+    if isinstance(weight.format, Int8Rows):  # which Linear8bitLt would round the activations for
+        return LinearInt8._around(linear, weight)
+    return around(linear, weight)
 
 
 def _some(keys: list[str]) -> str:
