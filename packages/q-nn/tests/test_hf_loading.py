@@ -274,12 +274,12 @@ def _damage(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
         config["quantization_config"]["skip"].append("q_proj")
 
     def unsaid_int8(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        other = key.replace("0", "1")
-        for part in [part for part in tensors if part.startswith(other)]:
-            del tensors[part]
-        tensors[other] = torch.zeros(192, 128, dtype=torch.int8)
-        config["quantization_config"]["rules"][0] = {"pattern": ".*(gate_proj|down_proj|0.mlp.up_proj)", "format": "fp4"}
-        config["quantization_config"]["skip"] += ["1.mlp.up_proj"]
+        for layer in (0, 1):
+            query = f"model.layers.{layer}.self_attn.q_proj.weight"
+            for part in [part for part in tensors if part.startswith(query)]:
+                del tensors[part]
+            tensors[query] = torch.zeros(128, 128, dtype=torch.int8)
+        config["quantization_config"]["skip"].append("q_proj")
 
     def unknown_key(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         config["quantization_config"]["bits"] = 3
@@ -295,7 +295,7 @@ def _damage(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
         ("lying", "shape"),
         ("dense", "says that it is quantized"),
         ("unsaid", "q_proj.weight *\\| MISMATCH"),
-        ("unsaid_int8", "holds model.layers.1.mlp.up_proj.weight quantized, as torch.int8, but config.json doesn't say so"),
+        ("unsaid_int8", "holds model.layers.0.self_attn.q_proj.weight quantized, as torch.int8, but config.json doesn't say so"),
         ("unknown_key", r"unknown keys \['bits'\]"),
     ],
 )
