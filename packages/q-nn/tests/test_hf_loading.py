@@ -104,6 +104,35 @@ def test_several_formats_go_there_and_back_in_our_dialect(make_llama: MakeLlama,
         alike(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        QConfig("int4"),
+        QConfig("mxfp4"),
+        QConfig("nvfp4"),
+        QConfig("int8", threshold=3.0, rules=(QRule(".*mlp", "int8_weight_only"), QRule(".*embed_tokens", "nf4"))),
+        QConfig(skip=(), rules=(QRule(".*embed_tokens|lm_head", "fp4"),)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_format_goes_there_and_back(
+    make_llama: MakeLlama, ids: Tensor, tmp_path: Path, config: QConfig, tied: bool
+) -> None:
+    model = make_llama(tied=tied)
+    model.save_pretrained(tmp_path / "dense")
+    quantize(model, config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    alike(loaded, model)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    alike(again, model)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    load_into(other := make_llama(tied=tied, seed=1), tmp_path / "quantized")
+    alike(other, model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(make_llama: MakeLlama, tmp_path: Path, dtype: torch.dtype) -> None:
     model = make_llama(dtype=torch.bfloat16)
