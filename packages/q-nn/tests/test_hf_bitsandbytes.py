@@ -18,6 +18,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.specs.bounds import FACTOR
 from q_nn import Linear8bitLt, LinearFP4, LinearNF4, QConfig, quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MakeLlama = Callable[..., LlamaForCausalLM]
 SETTINGS = [
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, LinearNF4),

@@ -22,6 +22,7 @@ import q_nn.hf.conversions
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn import QConfig, QRule, load_into, quantize, weight_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MakeLlama = Callable[..., LlamaForCausalLM]
 CONFIGS = [QConfig("nf4"), QConfig("fp4", blocksize=32, double_quant=False), QConfig("int8"), QConfig(skip=("lm_head", "k_proj"))]
 MIXED = QConfig("nf4", rules=(QRule(".*mlp", "fp4"), QRule("0.self_attn.v_proj", None)))
@@ -116,9 +117,7 @@ def test_several_formats_go_there_and_back_in_our_dialect(make_llama: MakeLlama,
     ids=str,
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_format_goes_there_and_back(
-    make_llama: MakeLlama, ids: Tensor, tmp_path: Path, config: QConfig, tied: bool
-) -> None:
+def test_every_format_goes_there_and_back(make_llama: MakeLlama, ids: Tensor, tmp_path: Path, config: QConfig, tied: bool) -> None:
     model = make_llama(tied=tied)
     model.save_pretrained(tmp_path / "dense")
     quantize(model, config)

@@ -24,6 +24,7 @@ import q_nn.hf
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn import QConfig, QRule, QuantizedExperts, quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,

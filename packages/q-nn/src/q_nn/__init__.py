@@ -30,11 +30,11 @@ from q_nn.state_hooks import prepare
 __version__ = "0.1.0"
 
 __all__ = [
-    "Estimate",
     "Embedding4bit",
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Estimate",
     "FourBit",
     "Fp8Rows",
     "Int8Rows",
