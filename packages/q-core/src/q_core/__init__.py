@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from q_core.explanation import Explanation, explain
     from q_core.formats.four_bit import FourBit
     from q_core.formats.fp8_rows import Fp8Rows
+    from q_core.formats.grouped_int import AffineGroups, SuperGroups
     from q_core.formats.int8_rows import Int8Rows
     from q_core.formats.quantized_tensor import QuantizedTensor
 
 _WHERE = {
+    "AffineGroups": "q_core.formats.grouped_int",
     "Availability": "q_core.backend",
     "Backend": "q_core.backend",
     "BackendConflictError": "q_core.backend",
@@ -30,6 +32,7 @@ _WHERE = {
     "Int8Rows": "q_core.formats.int8_rows",
     "NoBackendError": "q_core.backend",
     "QuantizedTensor": "q_core.formats.quantized_tensor",
+    "SuperGroups": "q_core.formats.grouped_int",
     "bound": "q_core.dispatch",
     "explain": "q_core.explanation",
     "impl": "q_core.backend",
@@ -39,6 +42,7 @@ _WHERE = {
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineGroups",
     "Availability",
     "Backend",
     "BackendConflictError",
@@ -49,6 +53,7 @@ __all__ = [
     "Int8Rows",
     "NoBackendError",
     "QuantizedTensor",
+    "SuperGroups",
     "bound",
     "explain",
     "impl",

@@ -12,7 +12,7 @@ from q_core.formats.fp8_rows import Fp8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn import experts
-from q_nn.embedding import check_embedding
+from q_nn.embedding import embedding_refusal
 from q_nn.layers import around, embedding_around
 from q_nn.linear8bit import Linear8bitLt
 from q_nn.linear_int8 import LinearInt8
@@ -128,11 +128,7 @@ def _rebuild_linear(linear: nn.Linear, weights: Weights, rule: QRule) -> nn.Modu
 
 
 def _refuse_embedding(embedding: nn.Embedding, rule: QRule) -> str | None:
-    try:
-        check_embedding("quantize", embedding)
-    except ValueError as error:
-        return str(error).removeprefix("quantize: ")
-    return _refuse_fp8(embedding, rule)
+    return _refuse_fp8(embedding, rule) or embedding_refusal(embedding)
 
 
 def _rebuild_embedding(embedding: nn.Embedding, weights: Weights, rule: QRule) -> nn.Module:

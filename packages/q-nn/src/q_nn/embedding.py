@@ -177,14 +177,18 @@ def check_embedding(operation: str, embedding: nn.Embedding) -> None:
             f"{operation}: embedding is a {type(embedding).__name__} with a forward of its own, expected nn.Embedding; "
             "quantize its weight alone: QuantizedTensor.quantize"
         )
+    if (reason := embedding_refusal(embedding)) is not None:
+        raise ValueError(f"{operation}: embedding can't be quantized: {reason}")
+
+
+def embedding_refusal(embedding: nn.Embedding) -> str | None:
+    """Which setting a quantized embedding can't have, and what to do; ``None`` if there is none."""
     if embedding.max_norm is not None:
-        raise ValueError(
-            f"{operation}: embedding.max_norm is {embedding.max_norm}, expected None, as it rewrites rows of the table in each forward; "
+        return (
+            f"its max_norm is {embedding.max_norm}, expected None, as it rewrites rows of the table in each forward; "
             "renormalize the table once, and set max_norm to None"
         )
     for setting in ("sparse", "scale_grad_by_freq"):
         if getattr(embedding, setting):
-            raise ValueError(
-                f"{operation}: embedding.{setting} is True, expected False, as it shapes a gradient that the table doesn't get; "
-                f"set it to False"
-            )
+            return f"its {setting} is True, expected False, as it shapes a gradient that the table doesn't get; set it to False"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.grouped_int import GroupedInt
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
@@ -12,9 +13,9 @@ from q_nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, Embedding
 from q_nn.linear import QuantizedLinear
 from q_nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from q_nn.linear8bit import Linear8bitLt
+from q_nn.linear_grouped import LinearGroupedInt
 
 _FOUR_BIT_LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": LinearNF4, "fp4": LinearFP4}
-
 _FOUR_BIT_EMBEDDINGS: dict[str, type[QuantizedEmbedding]] = {"nf4": EmbeddingNF4, "fp4": EmbeddingFP4}
 
 
@@ -24,6 +25,8 @@ def layer_for(format: WeightFormat) -> type[QuantizedLinear]:
         return _FOUR_BIT_LAYERS.get(format.quant_type, Linear4bit)
     if isinstance(format, Int8Rows):
         return Linear8bitLt
+    if isinstance(format, GroupedInt):
+        return LinearGroupedInt
     raise TypeError(f"q_nn has no linear layer for {format}")
 
 

@@ -34,6 +34,7 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     Modules that the config says are quantized are swapped first (:func:`q_nn.replace_linears`; :class:`q_nn.QConfig` for our own dialect).
     Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied
     parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    What GPTQ, AWQ or compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
     and a model whose parameters are on the meta device (accelerate's ``init_empty_weights`` makes one) is held once.
@@ -50,6 +51,11 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     refuse_sharded("load_into", model, "load before fully_shard")
     source = Path(directory)
     config = read_config(source)
+    from q_nn.readers import load_foreign, quantized_elsewhere  # which take from this module
+
+    if quantized_elsewhere(config.get("quantization_config")):
+        load_foreign(model, source)
+        return
     swaps = plan_swaps(model, config.get("quantization_config"))
     slots = slots_of(model, swaps)
     _check_all_real(model, slots)

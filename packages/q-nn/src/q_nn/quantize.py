@@ -10,6 +10,7 @@ from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
 from q_nn.config import QConfig
 from q_nn.convert import LINEAR, quantize_weights, rebuild
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.memory import tensor_bytes, weight_bytes
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.report import QuantizedLayer, QuantizeReport
@@ -38,11 +39,13 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
     Raises:
         ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
-            a rule or a pattern of ``config.skip`` means nothing, or the model is sharded; the message names it, and nothing is changed.
+            a rule or a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and
+            nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")
     refuse_sharded("quantize", model, "quantize before fully_shard")
+    refuse_adapted("quantize", model)
     plan = plan_quantization(model, config)
     for layer in plan.layers:
         _check_weights(model, layer)

@@ -11,6 +11,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
 from q_nn.linear8bit import Linear8bitLt
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.patterns import matching
 from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
@@ -33,9 +34,10 @@ def replace_linears(
         Names of the layers that were swapped.
 
     Raises:
-        ValueError, TypeError: a setting is unknown or not supported, or the model is sharded; nothing is changed then.
+        ValueError, TypeError: a setting is unknown or not supported, or the model is sharded or has adapters; nothing is changed then.
     """
     refuse_sharded("replace_linears", model, "replace layers before fully_shard")
+    refuse_adapted("replace_linears", model)
     chosen = plan_replacements(model, BitsAndBytesConfig.from_dict(quantization_config), linear_types)
     for old, new in chosen.values():
         replace_module(model, old, new)

@@ -15,6 +15,8 @@ The 4-bit types that bitsandbytes doesn't have are laid out likewise, under a ke
   ``scale_dtype``. It says what ``layer.weight.absmax`` [blocks] is held in: "float32"; "e8m0" (mxfp4), uint8 codes ``e + 127`` of
   ``6 * 2^e``; or "e4m3" (nvfp4), the uint8 codes of E4M3 values ``d`` of ``6 * (tensor_scale * d)``, with ``.tensor_scale`` float32 [].
 
+Weights in groups of integers have a layout of their own, :mod:`q_core.formats.grouped_checkpoint`.
+
 What is read is not trusted: :func:`from_flat` checks every key, dtype, length and JSON field against the others, and that every scale is
 one, and gives a whole tensor or raises.
 """
@@ -29,9 +31,11 @@ from typing import Any, NamedTuple, NoReturn, get_args
 import torch
 from torch import Tensor
 
+from q_core.formats import grouped_checkpoint
 from q_core.formats.codebooks import BLOCKSIZES, FOUR_BIT_BOOKS, FourBitType, book_tensor, dynamic_map
 from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
+from q_core.formats.grouped_int import GroupedInt
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
@@ -55,6 +59,8 @@ _ROW_MAJOR = 0
 
 def flat_keys(key: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The keys in ``state`` that belong to a quantized weight at ``key``; none if the weight there isn't quantized."""
+    if grouped := grouped_checkpoint.present_keys(key, state):
+        return grouped
     state_key = _quant_state_key(key, state)
     if state_key is not None:
         candidates = (key, *(f"{key}.{part}" for part in ("quant_map", *_SCALE_PARTS)), state_key)
@@ -71,6 +77,8 @@ def row_keys(key: str, format: WeightFormat) -> dict[str, str]:
     """The keys whose tensors are divided when the rows of a weight are, by component; what the others hold is of the whole weight."""
     if isinstance(format, Int8Rows):
         return {"codes": key, "absmax": _siblings(key)[0]}
+    if isinstance(format, GroupedInt):
+        return grouped_checkpoint.component_keys(key, format)
     if isinstance(format, Fp8Rows):
         return {"codes": key, "absmax": f"{key}.absmax"}
     return {"packed": key, "absmax": f"{key}.absmax"}
@@ -88,6 +96,8 @@ def to_flat(key: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         each other, and those are one a process.
     """
     format = weight.format
+    if isinstance(format, GroupedInt):
+        return grouped_checkpoint.to_flat(key, weight, format)
     components = weight.components
     if isinstance(format, Int8Rows):
         scale_key, layout_key = _siblings(key)
@@ -150,6 +160,9 @@ class FlatWeight(NamedTuple):
 
 def read_flat(key: str, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> FlatWeight:
     """What :func:`from_flat` makes a tensor of. The components may be on several devices here."""
+    grouped_key = grouped_checkpoint.state_key(key)
+    if grouped_key in state:
+        return FlatWeight(*grouped_checkpoint.read(key, state, _parse(grouped_key, state[grouped_key])))
     state_key = _quant_state_key(key, state)
     if state_key is not None:
         return _read_four_bit(key, state, state_key)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
+from q_core.formats.grouped_int import AffineGroups, SuperGroups
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.layouts import CANONICAL
@@ -344,7 +345,7 @@ def _parameter(tensor: QuantizedTensor) -> QuantizedTensor:
     return torch.nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
 
 
-torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, Fp8Rows, _rebuild])
+torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, AffineGroups, SuperGroups, Fp8Rows, _rebuild])
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -51,7 +51,7 @@ class ScaledRows(WeightFormat):
     def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         rows = ids.reshape(-1)  # index_select refuses what is no row; an index in brackets takes -1 for the last
         decoded = self._decode(components["codes"].index_select(0, rows), components["absmax"].index_select(0, rows), dtype)
-        return decoded.view(*ids.shape, shape[1])
+        return decoded.view(*ids.shape, *shape[1:])
 
     def check_cut(self, shape: Sequence[int], row: int) -> None:
         if len(shape) < 2:
