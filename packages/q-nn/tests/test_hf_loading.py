@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import q_nn.hf
 import q_nn.hf.conversions
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn import QConfig, QRule, load_into, quantize, weight_bytes
+from q_nn import LinearNF4, QConfig, QRule, load_into, quantize, weight_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MakeLlama = Callable[..., LlamaForCausalLM]
@@ -364,7 +364,18 @@ def run(code: str, *arguments: object) -> str:
 
 
 def test_importing_q_nn_imports_neither_transformers_nor_peft() -> None:
-    run("import q_nn, sys; q_nn.QConfig().quant_method; assert not {'transformers', 'peft'} & set(sys.modules)")
+    code = """
+import sys
+import q_nn
+assert q_nn.QConfig().quant_method == "q_nn"
+assert not {"transformers", "peft", "accelerate"} & set(sys.modules)
+sys.modules["transformers"] = None  # as if it weren't installed
+try:
+    import q_nn.hf
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'q-nn[hf]'" in run(code)
 
 
 def test_a_fresh_process_reads_our_dialect_without_bitsandbytes(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
@@ -396,3 +407,24 @@ q_nn.hf.serve_bitsandbytes()
 check(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/theirs"), "theirs")
 """
     run(code, tmp_path)
+
+
+def test_hooks_of_accelerate_move_with_the_modules() -> None:
+    """Where a model is shared out among devices, they bring inputs along; they are there before our modules are."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    from q_nn.hf.hooks import move_hook
+
+    class Doubling(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: nn.Module, *inputs: Tensor, **named: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+            return tuple(2 * tensor for tensor in inputs), named
+
+    old, x = nn.Linear(64, 8), torch.randn(3, 64)
+    new = LinearNF4.from_linear(old)
+    expected = new(2 * x)
+    move_hook(old, new)
+    assert not torch.equal(new(x), expected)
+    add_hook_to_module(old, Doubling())
+    move_hook(old, new)
+    assert torch.equal(new(x), expected)
+    assert torch.equal(old(x), nn.functional.linear(x, old.weight, old.bias))
