@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import q_core
 from q_core import backend, testing
-from q_core.formats import checkpoint, quantized_tensor
+from q_core.formats import checkpoint, grouped_checkpoint, quantized_tensor
 from q_core.specs import RECORDS
 from q_core.testing import suite
 from reference_pages.docstrings import signature_of, to_markdown
@@ -53,7 +53,8 @@ def quantized_weights_page() -> str:
         _described(tensor),
         *(f"### {name}\n\n{_code(signature_of(method))}{_text(method, '####')}" for name, method in methods),
     ]
-    formats = [_described(q_core.FourBit), _described(q_core.Int8Rows), "## Keys of a checkpoint", _text(checkpoint)]
+    classes = (q_core.FourBit, q_core.Int8Rows, q_core.Fp8Rows, q_core.AffineGroups, q_core.SuperGroups)
+    formats = [*map(_described, classes), "## Keys of a checkpoint", _text(checkpoint), _text(grouped_checkpoint)]
     return _page("Quantized weights", _text(quantized_tensor), [*parts, *formats])
 
 

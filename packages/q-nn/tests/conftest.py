@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from q_nn import LoRALinear
+
+torch.set_num_threads(1)  # the models are tiny
+
 MakeLlama = Callable[..., LlamaForCausalLM]
+Fill = Callable[[nn.Module], None]
 
 
 @pytest.fixture
@@ -35,3 +41,23 @@ def make_llama() -> MakeLlama:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(96, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fill() -> Fill:
+    """Makes adapters do something: new ones give zero."""
+
+    def fill(model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(2)
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                for adapter in module.adapters.values():
+                    for name, parameter in adapter.named_parameters():
+                        with torch.no_grad():
+                            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                            if name == "lora_B.weight":
+                                parameter.copy_(noise * 0.05)
+                            elif name == "lora_magnitude_vector":
+                                parameter.mul_(1 + 0.1 * noise)
+
+    return fill

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import q_nn.save
+import q_nn.shards
 from q_nn import (
     Linear8bitLt,
     LinearFP4,
@@ -25,6 +26,7 @@ from q_nn import (
     QConfig,
     add_lora,
     load_into,
+    prepare,
     quantize,
     replace_linears,
     save_pretrained,
@@ -117,6 +119,17 @@ def test_config_says_what_was_done(make_llama: MakeLlama, tmp_path: Path) -> Non
     assert sorted(files(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
 
 
+def test_several_formats_are_said_in_our_own_dialect(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
+    model = make_llama(dtype=torch.bfloat16)
+    quantize(model, QConfig("int8", skip=("lm_head", ".*self_attn")))
+    quantize(model, QConfig("nf4"))
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "q_nn"
+    other = make_llama(dtype=torch.bfloat16, seed=1)
+    load_into(other, tmp_path)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+
+
 def test_skipped_names_that_are_suffixes_of_quantized_ones() -> None:
     from q_nn.hf_config import BitsAndBytesConfig, quantization_config
     from q_nn.replace import plan_replacements
@@ -131,12 +144,9 @@ def test_skipped_names_that_are_suffixes_of_quantized_ones() -> None:
     assert list(plan_replacements(make(), BitsAndBytesConfig.from_dict(settings))) == ["inner.proj"]
 
 
-@pytest.mark.parametrize(
-    ("failing", "name"),
-    [("save_file", "model.safetensors"), ("_write_json", "config.json")],
-)
+@pytest.mark.parametrize("failing", [(q_nn.shards, "save_file"), (q_nn.save, "write_json")], ids=lambda failing: failing[1])
 def test_a_failed_save_leaves_the_old_files(
-    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, name: str
+    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[Any, str]
 ) -> None:
     save_pretrained(make_llama(), tmp_path)
     before = files(tmp_path)
@@ -146,15 +156,14 @@ def test_a_failed_save_leaves_the_old_files(
         target.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(q_nn.save, failing, full)
+    monkeypatch.setattr(*failing, full)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(make_llama(seed=1), tmp_path)
     assert files(tmp_path) == before
-    assert name in before
 
 
 KILL = """
-import os, random, resource, signal, sys, time
+import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -166,19 +175,20 @@ class Config:
     def to_json_string(self): return '{"value": %d}' % self.value
 
 def make(value):
-    model = nn.Sequential(nn.Linear(200, 300))
+    model = nn.Sequential(nn.Linear(200, 100), nn.Linear(200, 200))
     model.config = Config(value)
-    with torch.no_grad(): model[0].weight.fill_(value); model[0].bias.fill_(value)
+    with torch.no_grad():
+        for parameter in model.parameters(): parameter.fill_(value)
     return model
 
 directory, models = Path(sys.argv[1]), [make(0), make(1)]
 save_pretrained(models[0], directory)
 random.seed(0)
-for trial in range(25):
+for trial in range(12):
     child = os.fork()
     if not child:
         while True:
-            for model in models: save_pretrained(model, directory)
+            for model, size in zip(models, (10**9, 100_000)): save_pretrained(model, directory, max_shard_size=size)
     time.sleep(random.uniform(0.0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -186,15 +196,18 @@ for trial in range(25):
     load_into(loaded, directory)
     values = {float(p.min()) for p in loaded.parameters()} | {float(p.max()) for p in loaded.parameters()}
     assert values in ({0.0}, {1.0}), values
+    assert {json.loads((directory / "config.json").read_text())["value"]} == values
 
-for partial in directory.glob(".*.partial"): partial.unlink()
+save_pretrained(models[0], directory, max_shard_size=200_000)
+assert sorted(os.listdir(directory)) == ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                                         "model.safetensors.index.json"]
 before = {path.name: path.read_bytes() for path in directory.iterdir()}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 try:
     save_pretrained(models[1], directory)
 except OSError as error:
-    assert "model.safetensors" in str(error)
+    assert "safetensors" in str(error)
 else:
     raise AssertionError("a file beyond the limit was written")
 assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -213,17 +226,15 @@ def test_what_cannot_be_saved(make_llama: MakeLlama, tmp_path: Path) -> None:
     add_lora(model, LoRAConfig())
     with pytest.raises(ValueError, match="merge_lora"):
         save_pretrained(model, tmp_path)
-    model = make_llama()
-    quantize(model, QConfig("int8", skip=("lm_head", ".*self_attn")))
-    quantize(model, QConfig("nf4"))
-    with pytest.raises(ValueError, match="one kind only"):
-        save_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match="meta device"):
         save_pretrained(make_llama().to("meta"), tmp_path)
+    for size in (0, -1, "", "5XB", "0GB", "GB"):
+        with pytest.raises(ValueError, match="max_shard_size"):
+            save_pretrained(make_llama(), tmp_path, max_shard_size=size)
+    for kind in (True, 1.5, None):
+        with pytest.raises(TypeError, match="max_shard_size"):
+            save_pretrained(make_llama(), tmp_path, max_shard_size=kind)  # type: ignore[arg-type]
     assert not files(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="several files"):
-        save_pretrained(make_llama(), tmp_path)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -233,6 +244,28 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
+STATE = f"{UP}.quant_state.bitsandbytes__nf4"
+
+
+def said(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change what a weight says of itself."""
+
+    def spoil(directory: Path) -> None:
+        def rewritten(state: dict[str, Tensor]) -> None:
+            description = json.loads(bytes(state[STATE].tolist()))
+            change(description)
+            state[STATE] = torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+
+        rewrite(directory, rewritten)
+
+    return spoil
+
+
+def filled(key: str, value: float) -> Callable[[Path], None]:
+    return lambda directory: rewrite(directory, lambda state: state[key].view(-1)[-1:].fill_(value))
+
+
+NAN = float("nan")
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no directory": (lambda d: [p.unlink() for p in d.iterdir()], FileNotFoundError, "config.json: no such file"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors: no such file"),
@@ -248,12 +281,36 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"q_proj.weight is quantized, but config.json doesn't say so",
     ),
+    "truncated": (lambda d: cut(d / "model.safetensors"), ValueError, "model.safetensors is not a safetensors file"),
+    "says a shape": (said(lambda s: s.update(shape=[128, 192])), ValueError, f"{UP} has shape .128, 192., expected .192, 128."),
+    "says more": (said(lambda s: s.update(shape=[10**9, 10**9])), ValueError, f"{UP} is uint8"),
+    "says a block": (said(lambda s: s.update(blocksize=128)), ValueError, f"{UP}.absmax is uint8 .384., expected uint8 .192."),
+    "says another block": (said(lambda s: s.update(blocksize=63)), ValueError, "says blocksize 63"),
+    "says a type": (said(lambda s: s.update(quant_type="fp4")), ValueError, "says quant_type 'fp4'"),
+    "says NaN": (said(lambda s: s.update(nested_offset=NAN)), ValueError, "nested_offset nan"),
+    "unknown format": (
+        lambda d: rewrite(d, lambda s: s.update({f"{UP}.quant_state.bitsandbytes__nf3": s.pop(STATE)})),
+        ValueError,
+        r"up_proj.weight has dtype uint8|unexpected keys",
+    ),
+    "NaN scales": (filled(f"{UP}.nested_absmax", NAN), ValueError, f"nested_absmax of {UP} has 1 elements that are NaN"),
+    "NaN weight": (filled("model.norm.weight", NAN), ValueError, "model.norm.weight has 1 elements that are NaN"),
+    "infinite weight": (filled("lm_head.weight", float("inf")), ValueError, "lm_head.weight has 1 elements that are NaN or inf"),
+    "integers": (
+        lambda d: rewrite(d, lambda s: s.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)})),
+        ValueError,
+        "norm.weight has dtype int32",
+    ),
     "unknown key": (
         lambda d: (d / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}'),
         ValueError,
         r"unknown keys \['bits'\]",
     ),
 }
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -271,23 +328,83 @@ def test_damaged_directories_change_nothing(make_llama: MakeLlama, ids: Tensor, 
     assert not any(isinstance(module, LinearNF4) for module in other.modules())
 
 
-def test_several_files(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[:3]], ids=str)
+def test_several_files(make_llama: MakeLlama, ids: Tensor, tmp_path: Path, config: QConfig | None) -> None:
     model = make_llama()
-    quantize(model, QConfig())
-    save_pretrained(model, tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    weight_map = {key: f"model-{index % 2}.safetensors" for index, key in enumerate(state)}
-    for name in set(weight_map.values()):
-        save_file({key: tensor for key, tensor in state.items() if weight_map[key] == name}, tmp_path / name)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    if config:
+        quantize(model, config)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_pretrained(model, tmp_path, max_shard_size="60KB")
+    assert len(shards(tmp_path)) > 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    state = prepare(model).state_dict()
+    assert {key: load_file(tmp_path / file)[key].tolist() for key, file in index["weight_map"].items()} == {
+        key: tensor.tolist() for key, tensor in state.items()
+    }
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+    # What takes more than the limit is a module's: at most its tensors are in one file.
+    largest = max(sum(t.nbytes for t in module.state_dict().values()) for module in model.modules() if not any(module.children()))
+    assert all(sum(t.nbytes for t in load_file(path).values()) <= max(60_000, largest) for path in shards(tmp_path))
+
     other = make_llama(seed=1)
     load_into(other, tmp_path)
     assert torch.equal(logits(other, ids), logits(model, ids))
-    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
-    with pytest.raises(ValueError, match="in the same directory"):
-        load_into(make_llama(), tmp_path)
+    # A save of another kind leaves nothing of it.
+    save_pretrained(make_llama(seed=2), tmp_path)
+    assert sorted(files(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    another = make_llama(seed=1)
+    load_into(another, tmp_path)
+    assert torch.equal(logits(another, ids), logits(make_llama(seed=2), ids))
+
+
+def test_transformers_reads_several_files(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
+    model = make_llama()
+    save_pretrained(model, tmp_path, max_shard_size=100_000)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    other = make_llama(seed=1)
+    load_into(other, tmp_path / "theirs")
+    assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+def change_index(directory: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+INDEX_DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "outside": (lambda d: change_index(d, lambda m: m.update(a="../elsewhere.safetensors")), ValueError, "in the same directory"),
+    "absolute": (lambda d: change_index(d, lambda m: m.update(a="/etc/passwd")), ValueError, "in the same directory"),
+    "parent": (lambda d: change_index(d, lambda m: m.update(a="..")), FileNotFoundError, "no such file"),
+    "no string": (lambda d: change_index(d, lambda m: m.update(a=3)), ValueError, "expected file names"),
+    "missing file": (lambda d: shards(d)[1].unlink(), FileNotFoundError, "00002-of-.*no such file"),
+    "truncated file": (lambda d: cut(shards(d)[1]), ValueError, "00002-of-.* is not a safetensors file"),
+    "exchanged": (lambda d: shards(d)[1].write_bytes(shards(d)[0].read_bytes()), ValueError, "which it says"),
+    "not said": (
+        lambda d: change_index(d, lambda m: m.pop("model.norm.weight")),
+        ValueError,
+        "'model.norm.weight' and 0 more that",
+    ),
+    "no map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ValueError, "weight_map is NoneType"),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_damaged_indexes_change_nothing(make_llama: MakeLlama, ids: Tensor, tmp_path: Path, damage: str) -> None:
+    save_pretrained(make_llama(), tmp_path, max_shard_size="100KB")
+    spoil, error, message = INDEX_DAMAGE[damage]
+    spoil(tmp_path)
+    other = make_llama(seed=1)
+    before = logits(other, ids)
+    with pytest.raises(error, match=message):
+        load_into(other, tmp_path)
+    assert torch.equal(logits(other, ids), before)
 
 
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -323,10 +440,14 @@ def test_replace_linears_makes_the_right_layers() -> None:
     model = swapped(FOUR | {"bnb_4bit_quant_type": "nf4"}, linear_types=(nn.Linear, Own))
     assert [type(layer) for layer in model] == [LinearNF4, LinearNF4, nn.LayerNorm]
     assert model[0].weight.is_meta
-    for threshold, activations in ((0.0, "int8"), (6.0, "native")):
-        layer = swapped(EIGHT | {"llm_int8_threshold": threshold})[0]
+    for settings, threshold, dense in (
+        ({}, 6.0, False),
+        ({"llm_int8_threshold": 0}, 0.0, False),
+        ({"llm_int8_threshold": 2.5, "llm_int8_has_fp16_weight": True}, 2.5, True),
+    ):
+        layer = swapped(EIGHT | settings)[0]
         assert isinstance(layer, Linear8bitLt)
-        assert layer.activations == activations
+        assert (layer.threshold, layer.has_fp16_weights) == (threshold, dense)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +462,8 @@ def test_replace_linears_makes_the_right_layers() -> None:
         (FOUR | {"bnb_4bit_quant_type": "int4"}, "quant_type is 'int4'"),
         (EIGHT | {"llm_int8_threshold": -1}, "llm_int8_threshold is -1"),
         (EIGHT | {"llm_int8_threshold": "6"}, "llm_int8_threshold is '6'"),
-        (EIGHT | {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight"),
+        (FOUR | {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is true, expected false with load_in_4bit"),
+        (EIGHT | {"llm_int8_has_fp16_weight": 1}, "llm_int8_has_fp16_weight is 1"),
         (FOUR | {"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules"),
         (FOUR | {"llm_int8_skip_modules": ["("]}, "llm_int8_skip_modules"),
         (FOUR | {"llm_int8_skip_modules": [3]}, "llm_int8_skip_modules"),

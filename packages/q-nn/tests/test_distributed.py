@@ -41,11 +41,14 @@ from q_nn import (
     QConfig,
     add_lora,
     load_into,
+    load_lora,
     merge_lora,
     prepare,
     prepare_ddp,
     quantize,
+    remove_lora,
     replace_linears,
+    save_lora,
     save_pretrained,
     weight_bytes,
 )
@@ -63,7 +66,7 @@ def make_linear(format: str, linear: nn.Linear) -> nn.Linear:
     return LinearNF4.from_linear(linear, double_quant=format == "nf4 double")
 
 
-def make_model(format: str, *, seed: int = 0, lora: bool = True, device: str = "cpu") -> nn.Sequential:
+def make_model(format: str, *, seed: int = 0, lora: bool = True, device: str = "cpu", **settings: Any) -> nn.Sequential:
     """Two quantized linear layers with adapters that aren't zero."""
     torch.manual_seed(seed)
     with torch.device(device):
@@ -71,8 +74,9 @@ def make_model(format: str, *, seed: int = 0, lora: bool = True, device: str = "
             make_linear(format, nn.Linear(64, 128)), nn.ReLU(), make_linear(format, nn.Linear(128, 64, bias=False))
         )
     if lora:
-        for parameter in add_lora(model, LoRAConfig(rank=4)):
-            nn.init.normal_(parameter, std=0.05)
+        for parameter in add_lora(model, LoRAConfig(rank=4, **settings)):
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.05)
     return model
 
 
@@ -149,6 +153,52 @@ def test_training_equals_the_single_process(format: str, mesh_shape: tuple[int, 
             torch.testing.assert_close(ours.full_tensor(), theirs, msg=name)
             assert not torch.equal(theirs, start)
     assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(weights(model), weights(before), strict=True))
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@formats
+@on_two_ranks
+def test_dora_and_rslora_train_as_in_the_single_process(format: str, reshard: bool) -> None:
+    """DoRA reads the whole base weight, which is gathered while the layer runs."""
+    x, target = torch.randn(8, 64), torch.randn(8, 64)
+    settings = {"dora": True, "rslora": True}
+    single = make_model(format, **settings)
+    before = copy.deepcopy(single)
+    expected = train(single, x, target)
+    model = shard(make_model(format, **settings), reshard_after_forward=reshard)
+    losses = torch.stack(train(model, own_half(x), own_half(target)))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, torch.stack(expected))
+    for (name, ours), theirs, start in zip(model.named_parameters(), single.parameters(), before.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.full_tensor(), theirs, msg=name)
+            assert not torch.equal(theirs, start)
+
+
+@on_two_ranks
+def test_dora_over_a_base_sharded_apart_is_refused() -> None:
+    model = make_model("nf4", dora=True)
+    fully_shard(model[0].base_layer, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    with pytest.raises(ValueError, match="sharded apart from the adapter; call fully_shard on the LoRALinear"):
+        model[0](torch.randn(3, 64))
+
+
+@on_two_ranks
+def test_adapters_of_a_sharded_model_are_saved_whole(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dora": True, "target": ("0",), "modules_to_save": ("2",)}
+    single, model = (nn.Sequential(LinearNF4(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(2))
+    for each in (single, model):
+        torch.manual_seed(0)
+        for parameter in add_lora(each, LoRAConfig(rank=4, **settings)):
+            nn.init.normal_(parameter)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    folders = [tmp_path / f"{rank}" for rank in (0, 1)]
+    save_lora(model, folders[dist.get_rank()])
+    dist.barrier()
+    assert [folder.exists() for folder in folders] == [True, False]
+    save_lora(single, tmp_path / f"single {dist.get_rank()}")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folders[0] / name).read_bytes() == (tmp_path / f"single {dist.get_rank()}" / name).read_bytes()
 
 
 @formats
@@ -282,6 +332,8 @@ def test_what_needs_a_whole_model_is_refused(tmp_path: Path, gathered: bool) -> 
         (lambda: adapted[0].merged(), r"LoRALinear.merged: .*is sharded.*full_state_dict"),
         (lambda: add_lora(bare, LoRAConfig()), r"add_lora: the model is sharded.*before fully_shard"),
         (lambda: quantize(bare, QConfig()), r"quantize: the model is sharded.*before fully_shard"),
+        (lambda: load_lora(bare, tmp_path), r"load_lora: the model is sharded.*before fully_shard"),
+        (lambda: remove_lora(adapted), r"remove_lora: the model is sharded"),
         (lambda: load_into(bare, tmp_path), r"load_into: the model is sharded.*before fully_shard"),
         (lambda: replace_linears(bare, {"load_in_4bit": True}), r"replace_linears: the model is sharded.*before fully_shard"),
         (lambda: prepare_ddp(adapted), r"prepare_ddp: the model is sharded"),

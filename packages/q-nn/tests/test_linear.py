@@ -24,9 +24,9 @@ LAYERS: list[Make] = [
     LinearFP4,
     lambda *args, **kwargs: Linear4bit(*args, quant_type="fp4", blocksize=32, double_quant=False, **kwargs),
     Linear8bitLt,
-    lambda *args, **kwargs: Linear8bitLt(*args, activations="native", **kwargs),
+    lambda *args, **kwargs: Linear8bitLt(*args, threshold=2.0, **kwargs),
 ]
-layers = pytest.mark.parametrize("make", LAYERS, ids=["nf4", "fp4", "4bit", "int8", "int8-native"])
+layers = pytest.mark.parametrize("make", LAYERS, ids=["nf4", "fp4", "4bit", "int8", "int8-outliers"])
 
 
 def dequantized(layer: nn.Linear) -> Tensor:
@@ -46,9 +46,9 @@ def test_any_shape_is_right(make: Make, N: int, K: int, leading: tuple[int, ...]
     layer = make(K, N, bias)
     x = torch.randn(*leading, K)
     out = layer(x)
-    if isinstance(layer, Linear8bitLt) and layer.activations == "int8":
-        q, absmax, _ = ops.quantize_int8_rowwise(x)
-        x = q * (absmax / 127).unsqueeze(-1)
+    if isinstance(layer, Linear8bitLt):
+        q, absmax, outliers = ops.quantize_int8_rowwise(x, threshold=layer.threshold)
+        x = torch.where(outliers, x, q * (absmax / 127).unsqueeze(-1))
     torch.testing.assert_close(out, F.linear(x, dequantized(layer), layer.bias))
 
 
@@ -235,8 +235,6 @@ def test_wrong_arguments() -> None:
         Linear4bit(8, 8, quant_type="int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="blocksize is 48"):
         LinearNF4(8, 8, blocksize=48)
-    with pytest.raises(ValueError, match="activations is 'fp8'"):
-        Linear8bitLt(8, 8, activations="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x_TK has shape \[3, 7\]"):
         LinearNF4(8, 8)(torch.zeros(3, 7))
     assert Linear8bitLt(8, 8, device="meta").weight.is_meta

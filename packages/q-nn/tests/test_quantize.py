@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def test_a_llama(make_llama: MakeLlama, ids: Tensor, format: Any, layer: type[nn
         assert torch.equal(weight, QuantizedTensor.quantize(dense[f"{name}.weight"], QConfig(format).weight_format()))
     reasons = {entry.name: entry.reason for entry in report.kept}
     assert reasons["lm_head.weight"] == "skipped by 'lm_head'"
-    assert reasons["model.embed_tokens.weight"] == "Embedding is not nn.Linear"
+    assert reasons["model.embed_tokens.weight"] == "embeddings are quantized where a rule says so"
     assert "14 layers" in str(report)
     assert "lm_head" in str(report)
     assert model(ids).logits.shape == (2, 7, 96)
@@ -53,7 +52,9 @@ def test_tied_weights_stay_tied(make_llama: MakeLlama) -> None:
     model = make_llama(tied=True)
     report = quantize(model, QConfig(skip=()))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert {e.name: e.reason for e in report.kept}["lm_head.weight"] == "tied to model.embed_tokens.weight"
+    assert {e.name: e.reason for e in report.kept}["lm_head.weight"] == (
+        "tied to model.embed_tokens.weight, which isn't quantized likewise"
+    )
 
 
 class Mixed(nn.Module):
@@ -80,8 +81,8 @@ def test_nothing_is_left_silently() -> None:
     assert isinstance(model.first, LinearNF4)
     reasons = {entry.name: entry.reason for entry in report.kept}
     assert reasons["hooked.weight"].startswith("it has hooks")
-    assert reasons["attention.out_proj.weight"] == "NonDynamicallyQuantizableLinear is not nn.Linear"
-    assert reasons["experts"] == "Mixed is not nn.Linear"
+    assert reasons["attention.out_proj.weight"] == "NonDynamicallyQuantizableLinear is a subclass, which may compute something else"
+    assert reasons["experts"] == "Mixed is no linear layer, embedding or fused experts"
     assert reasons["double.weight"] == "its dtype is torch.float64"
     assert reasons["done.weight"] == "quantized already"
     assert any("Parametrized" in reason for reason in reasons.values())
@@ -102,35 +103,12 @@ def test_models_that_cannot_be_quantized() -> None:
         quantize(nn.Sequential(nn.Linear(64, 64, device="meta")), QConfig())
     with pytest.raises(ValueError, match="from_linear"):
         quantize(nn.Linear(64, 64), QConfig())
-    with pytest.raises(ValueError, match="no linear layer"):
+    with pytest.raises(ValueError, match="nothing to quantize"):
         quantize(nn.Sequential(nn.Conv2d(3, 3, 3)), QConfig())
     with pytest.raises(ValueError, match="'self_attn' means no module"):
         quantize(nn.ModuleDict({"self_attn_": nn.Linear(64, 64)}), QConfig(skip=("self_attn",)))
     with pytest.raises(TypeError, match="expected a QConfig"):
         quantize(nn.Sequential(nn.Linear(64, 64)), "nf4")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"format": "int4"}, ValueError),
-        ({"blocksize": 100}, ValueError),
-        ({"format": "int8", "blocksize": 128}, ValueError),
-        ({"double_quant": 1}, TypeError),
-        ({"skip": "lm_head"}, TypeError),
-        ({"skip": ("(",)}, ValueError),
-        ({"skip": ("",)}, TypeError),
-        ({"bits": 4}, TypeError),
-    ],
-)
-def test_config_is_checked(settings: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=list(settings)[-1]):
-        QConfig(**settings)
-
-
-def test_config_is_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
-        QConfig().format = "int8"  # type: ignore[misc]
 
 
 def test_skip_patterns_mean_what_they_mean_in_transformers() -> None:

@@ -15,19 +15,24 @@ if TYPE_CHECKING:
     from q_core.dispatch import bound, use_backends
     from q_core.explanation import Explanation, explain
     from q_core.formats.four_bit import FourBit
+    from q_core.formats.fp8_rows import Fp8Rows
+    from q_core.formats.grouped_int import AffineGroups, SuperGroups
     from q_core.formats.int8_rows import Int8Rows
     from q_core.formats.quantized_tensor import QuantizedTensor
 
 _WHERE = {
+    "AffineGroups": "q_core.formats.grouped_int",
     "Availability": "q_core.backend",
     "Backend": "q_core.backend",
     "BackendConflictError": "q_core.backend",
     "BackendError": "q_core.backend",
     "Explanation": "q_core.explanation",
     "FourBit": "q_core.formats.four_bit",
+    "Fp8Rows": "q_core.formats.fp8_rows",
     "Int8Rows": "q_core.formats.int8_rows",
     "NoBackendError": "q_core.backend",
     "QuantizedTensor": "q_core.formats.quantized_tensor",
+    "SuperGroups": "q_core.formats.grouped_int",
     "bound": "q_core.dispatch",
     "explain": "q_core.explanation",
     "impl": "q_core.backend",
@@ -37,15 +42,18 @@ _WHERE = {
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineGroups",
     "Availability",
     "Backend",
     "BackendConflictError",
     "BackendError",
     "Explanation",
     "FourBit",
+    "Fp8Rows",
     "Int8Rows",
     "NoBackendError",
     "QuantizedTensor",
+    "SuperGroups",
     "bound",
     "explain",
     "impl",

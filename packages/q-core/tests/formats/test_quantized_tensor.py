@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from q_core import ops
 from q_core.formats.codebooks import DYNAMIC_SIGNED_BOUND, FOUR_BIT_BOOKS, INT8_BOUND
@@ -21,7 +24,16 @@ from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor, resolve
 from q_core.formats.weight_format import WeightFormat
 
-FORMATS = [FourBit(), FourBit("fp4", 32), FourBit("nf4", 64, 256), FourBit("fp4", 128, 32), Int8Rows()]
+FORMATS = [
+    FourBit(),
+    FourBit("fp4", 32),
+    FourBit("nf4", 64, 256),
+    FourBit("fp4", 128, 32),
+    FourBit.of("int4"),
+    FourBit.of("mxfp4"),
+    FourBit.of("nvfp4"),
+    Int8Rows(),
+]
 NESTED = FourBit("nf4", 64, 256)
 
 formats = pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -53,7 +65,7 @@ def test_error_is_within_the_formats_bound(format: WeightFormat, N: int, K: int,
     error = (weight.dequantize().double() - dense.double()).abs()
     if isinstance(format, FourBit):
         blocks = F.pad(dense.double().abs().reshape(-1), (0, -dense.numel() % format.blocksize)).view(-1, format.blocksize)
-        absmax = blocks.amax(1)
+        absmax = resolve(weight)["absmax"].double() if format.nested_blocksize is None else blocks.amax(1)
         # Double quantization misses a scale by its own bound, relative to the largest of its block of centered scales.
         missed = torch.zeros_like(absmax)
         if format.nested_blocksize is not None and absmax.numel():
@@ -99,13 +111,47 @@ def test_linear_is_the_ops_product(format: WeightFormat, K: int) -> None:
 
 
 @formats
-@pytest.mark.parametrize("K", [128, 100])
-def test_embedding_decodes_rows(format: WeightFormat, K: int) -> None:
-    table = nn.Embedding(48, K, padding_idx=0)
-    weight = make(format, K=K, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("V", "K"), [(48, 128), (48, 100), (7, 33), (9, 30), (3, 2), (5, 1)])
+def test_embedding_decodes_rows(format: WeightFormat, V: int, K: int) -> None:
+    table = nn.Embedding(V, K, padding_idx=0)
+    weight = make(format, V, K, dtype=torch.bfloat16)
     table.weight = nn.Parameter(weight, requires_grad=False)
-    ids = torch.tensor([[0, 47, 3], [3, 3, 9]])
-    assert torch.equal(table(ids), weight.dequantize()[ids])
+    dense = weight.dequantize()
+    every = torch.arange(V).flip(0)
+    for ids in (
+        every,
+        every.int(),
+        torch.tensor([[0, V - 1, 2], [2, 2, 1]]),
+        torch.tensor(1),
+        torch.zeros(0, 3, dtype=torch.int64),
+    ):
+        assert torch.equal(table(ids), dense[ids.long()])
+    for wrong in (-1, V):
+        with pytest.raises(IndexError):
+            table(torch.tensor([0, wrong]))
+    with pytest.raises(TypeError, match="input is float32, expected indices"):
+        table(torch.zeros(3))
+
+
+@formats
+@pytest.mark.parametrize("K", [128, 36])
+def test_embedding_decodes_no_other_rows(format: WeightFormat, K: int) -> None:
+    """As shown by the largest tensor that it makes."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            # Views of the table itself are no work.
+            fresh = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t._base is None and not func.is_view]
+            Largest.numel = max([Largest.numel, *(t.numel() for t in fresh)])
+            return result
+
+    weight = make(format, 4096, K)
+    with Largest():
+        F.embedding(torch.tensor([5, 4095]), weight)
+    assert Largest.numel <= 4 * 2 * K
 
 
 @formats
@@ -280,9 +326,20 @@ def test_bad_input_is_refused() -> None:
         make(FourBit()).copy_(make(NESTED))
     with pytest.raises(ValueError, match=r"shape \[48, 64\]"):
         make(FourBit()).copy_(torch.zeros(48, 64))
-    for bad in ({"quant_type": "int3"}, {"blocksize": 48}, {"nested_blocksize": 7}):
+    for bad in ({"quant_type": "int3"}, {"blocksize": 48}, {"nested_blocksize": 7}, {"float32_scales": True}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             FourBit(**bad)
+    for quant_type, blocksize in (("mxfp4", 32), ("nvfp4", 16)):
+        with pytest.raises(ValueError, match=f"expected None for '{quant_type}', whose scales are a byte each already"):
+            FourBit(quant_type, blocksize, 256)
+        with pytest.raises(ValueError, match=rf"blocksize is 64, expected one of \({blocksize},\) for '{quant_type}'"):
+            FourBit(quant_type)
+    with pytest.raises(ValueError, match="a byte each already"):
+        FourBit.of("mxfp4", double_quant=True)
+    with pytest.raises(ValueError, match="quant_type is 'int3'"):
+        FourBit.of("int3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="blocksize is 0"):
+        FourBit.of("nf4", blocksize=0)
 
 
 def test_components_are_checked() -> None:
@@ -337,7 +394,7 @@ class Plain(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("format", [FourBit(), NESTED, Int8Rows()], ids=str)
+@pytest.mark.parametrize("format", [FourBit(), NESTED, FourBit.of("mxfp4"), FourBit.of("nvfp4"), Int8Rows()], ids=str)
 def test_compiles_whole_with_dynamic_length_and_backward(format: WeightFormat) -> None:
     torch.compiler.reset()
     model = Plain(format)
@@ -353,7 +410,7 @@ def test_compiles_whole_with_dynamic_length_and_backward(format: WeightFormat) -
         torch.testing.assert_close(compiled(ids, x), model(ids, x))
 
 
-@pytest.mark.parametrize("format", [FourBit(), NESTED, Int8Rows()], ids=str)
+@pytest.mark.parametrize("format", [FourBit(), NESTED, FourBit.of("mxfp4"), FourBit.of("nvfp4"), Int8Rows()], ids=str)
 def test_exports(format: WeightFormat) -> None:
     model, T = Plain(format), torch.export.Dim("T", min=2, max=64)
     arguments = (torch.randint(48, (5,)), torch.randn(5, 128))
@@ -380,3 +437,48 @@ def test_nothing_refers_to_it_weakly(format: WeightFormat) -> None:
 
 def test_repr_decodes_nothing() -> None:
     assert repr(make(Int8Rows()).to("meta")) == "QuantizedTensor(Int8Rows(), shape=(48, 128), dtype=torch.float32, device='meta')"
+
+
+# --- writing into one ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [FourBit(), FourBit("fp4", 32, 256), Int8Rows()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_added_is_quantized_again(format: WeightFormat, dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(QuantizedTensor.quantize(torch.randn(8, 64, dtype=dtype), format), requires_grad=False)
+    update = torch.randn(8, 64)
+    before = weight.dequantize()
+    with torch.no_grad():
+        weight += update
+    assert torch.equal(weight, QuantizedTensor.quantize((before.float() + update).to(dtype), format))
+    before = weight.dequantize()
+    weight.data -= update
+    assert torch.equal(weight, QuantizedTensor.quantize((before.float() - update).to(dtype), format))
+    assert weight.format == format and not weight.requires_grad
+    unchanged = weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        weight.data += torch.full((8, 64), torch.nan)
+    assert torch.equal(weight, unchanged)
+    with pytest.raises(ValueError, match=r"call \.dequantize"):
+        torch.randn(8, 64).add_(weight)
+
+
+def test_new_data_takes_the_place_of_the_old() -> None:
+    weight = torch.nn.Parameter(QuantizedTensor.quantize(torch.randn(8, 64), FourBit(nested_blocksize=256)), requires_grad=False)
+    assert torch.nn.functional.linear(torch.randn(2, 64), weight).shape == (2, 8)  # scales are decoded, and kept
+    other = QuantizedTensor.quantize(torch.randn(8, 64, dtype=torch.bfloat16), FourBit("fp4", 32))
+    weight.data = other
+    assert (weight.format, weight.dtype, isinstance(weight, torch.nn.Parameter)) == (other.format, torch.bfloat16, True)
+    assert torch.equal(weight, other) and weight.cached_bytes == 0 and not hasattr(weight, "nested_absmax")
+    weight.data = weight.data.to(torch.float32)
+    assert weight.dtype == torch.float32 and torch.equal(weight.dequantize(), other.float().dequantize())
+    dense = torch.randn(8, 64)
+    weight.data = dense  # as copy_ does
+    assert torch.equal(weight, QuantizedTensor.quantize(dense, other.format))
+    with pytest.raises(ValueError, match=r"data: the new value has shape \[4, 64\], expected \[8, 64\]"):
+        weight.data = torch.randn(4, 64)
+
+
+def test_isfinite_is_of_what_it_decodes_to() -> None:
+    weight = QuantizedTensor.quantize(torch.randn(8, 64), FourBit())
+    assert torch.isfinite(weight).shape == weight.shape and bool(torch.isfinite(weight).all())

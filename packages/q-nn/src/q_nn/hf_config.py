@@ -1,4 +1,8 @@
-"""The ``quantization_config`` of a Hugging Face config.json, in transformers' dialect for bitsandbytes."""
+"""The ``quantization_config`` of a Hugging Face config.json: in transformers' dialect for bitsandbytes, or in our own.
+
+Ours is a :class:`q_nn.QConfig`, as ``to_dict`` writes it. It is for what the other has no words for: several formats in one model, other
+formats, experts, embeddings.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,12 @@ from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
-from q_nn.linear import Activations, Linear8bitLt
+from q_nn.describe import describe, quantized_weights
+from q_nn.linear8bit import Linear8bitLt, check_threshold
 from q_nn.patterns import check_patterns, matching
 
 _QUANT_TYPES = ("nf4", "fp4")
+_DEFAULT_THRESHOLD = 6.0
 _SAVED_BLOCKSIZE = 64
 """What the dialect leaves out because it never differs; the checkpoint itself says it again, and is believed."""
 
@@ -44,13 +50,14 @@ class BitsAndBytesConfig:
 
     Attributes:
         format: of the quantized weights; the blocksize is what checkpoints use, each weight may say another.
-        activations: for int8 weights, see :class:`q_nn.Linear8bitLt`.
+        threshold, has_fp16_weights: of int8 layers, see :class:`q_nn.Linear8bitLt`.
         skip: patterns of module names (:mod:`q_nn.patterns`); ``None`` for transformers' defaults.
     """
 
     format: WeightFormat
-    activations: Activations
     skip: tuple[str, ...] | None
+    threshold: float = 0.0
+    has_fp16_weights: bool = False
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
@@ -68,37 +75,48 @@ class BitsAndBytesConfig:
         four, eight = (_flag(config, key, default=False) for key in ("load_in_4bit", "load_in_8bit"))
         if four == eight:
             raise ValueError(f"quantization_config: load_in_4bit is {four} and load_in_8bit is {eight}, expected one of them")
-        if _flag(config, "llm_int8_has_fp16_weight", default=False):
-            raise ValueError("quantization_config: llm_int8_has_fp16_weight is true, expected false; quantize the weights first")
         skip = config.get("llm_int8_skip_modules")
         if skip is not None:
             skip = check_patterns("quantization_config: llm_int8_skip_modules", skip)
+        dense = _flag(config, "llm_int8_has_fp16_weight", default=False)
         if eight:
-            return cls(Int8Rows(), _activations(config.get("llm_int8_threshold", 6.0)), skip)
+            threshold = check_threshold(
+                "quantization_config: llm_int8_threshold", config.get("llm_int8_threshold", _DEFAULT_THRESHOLD)
+            )
+            return cls(Int8Rows(), skip, threshold, dense)
+        if dense:
+            raise ValueError("quantization_config: llm_int8_has_fp16_weight is true, expected false with load_in_4bit")
         nested = _flag(config, "bnb_4bit_use_double_quant", default=False)
         quant_type = config.get("bnb_4bit_quant_type", "fp4")
         if quant_type not in _QUANT_TYPES:
             raise ValueError(f"quantization_config: bnb_4bit_quant_type is {quant_type!r}, expected one of {_QUANT_TYPES}")
-        return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), "native", skip)
+        return cls(FourBit(quant_type, _SAVED_BLOCKSIZE, NESTED_BLOCKSIZE if nested else None), skip)
 
 
 def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Describe a model's quantized layers in the dialect; ``None`` if it has none.
+    """Describe a model's quantized layers: in bitsandbytes' dialect if that can say it, else in ours; ``None`` if it has none.
 
     Args:
-        model: its layers of one kind: the dialect knows one type for all.
+        model: any.
         dtype: of the activations.
 
     Raises:
-        ValueError: the layers are of several kinds.
+        ValueError: a weight is held in a way that neither has words for.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    quantized = {name: layer for name, layer in layers.items() if isinstance(layer.weight, QuantizedTensor)}
+    quantized = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, Linear8bitLt) or isinstance(layer.weight, QuantizedTensor)
+    }
     if not quantized:
-        return None
+        described = describe(model)
+        return None if described is None else described.to_dict()
     kinds = {_kind(layer) for layer in quantized.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"save_pretrained: layers are quantized as {sorted(map(str, kinds))}; config.json can say one kind only")
+    if len(kinds) > 1 or not _all_in_dialect(model):
+        described = describe(model)
+        assert described is not None
+        return described.to_dict()
     (settings,) = kinds
     return {
         "quant_method": "bitsandbytes",
@@ -106,24 +124,41 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": [_name_exactly(name, quantized) for name in layers if name not in quantized],
-        "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
     }
+
+
+def _all_in_dialect(model: nn.Module) -> bool:
+    """Whether all that is quantized are linear layers in formats of bitsandbytes'."""
+    for module in model.modules():
+        formats = [weight.format for weight in quantized_weights(module).values()]
+        if formats and not isinstance(module, nn.Linear):
+            return False
+        for format in formats:
+            if not isinstance(format, Int8Rows) and not (isinstance(format, FourBit) and format.quant_type in _QUANT_TYPES):
+                return False
+    return True
 
 
 def _kind(layer: nn.Linear) -> tuple[tuple[str, Any], ...]:
     """The settings that all layers must share."""
     weight = layer.weight
-    assert isinstance(weight, QuantizedTensor)
-    if isinstance(weight.format, FourBit):
+    if isinstance(weight, QuantizedTensor) and isinstance(weight.format, FourBit):
         return (
             ("load_in_4bit", True),
             ("load_in_8bit", False),
             ("bnb_4bit_quant_type", weight.format.quant_type),
             ("bnb_4bit_use_double_quant", weight.format.nested_blocksize is not None),
+            ("llm_int8_has_fp16_weight", False),
         )
-    rounded = isinstance(layer, Linear8bitLt) and layer.activations == "int8"
-    return (("load_in_4bit", False), ("load_in_8bit", True), ("llm_int8_threshold", 0.0 if rounded else 6.0))
+    # The dialect has no word for activations that aren't rounded; outlier columns are the nearest.
+    threshold, dense = (layer.threshold, layer.has_fp16_weights) if isinstance(layer, Linear8bitLt) else (_DEFAULT_THRESHOLD, False)
+    return (
+        ("load_in_4bit", False),
+        ("load_in_8bit", True),
+        ("llm_int8_threshold", threshold),
+        ("llm_int8_has_fp16_weight", dense),
+    )
 
 
 def _name_exactly(name: str, quantized: Mapping[str, nn.Module]) -> str:
@@ -138,10 +173,3 @@ def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"quantization_config: {key} is {value!r}, expected true or false")
     return value
-
-
-def _activations(threshold: object) -> Activations:
-    """A threshold above 0 asks for outlier columns; until they are there, activations that aren't rounded are the nearer choice."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
-        raise ValueError(f"quantization_config: llm_int8_threshold is {threshold!r}, expected a number of 0 or more")
-    return "native" if threshold else "int8"

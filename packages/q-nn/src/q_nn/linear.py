@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from q_core.formats.codebooks import FourBitType
-from q_core.formats.four_bit import NESTED_BLOCKSIZE, FourBit
-from q_core.formats.int8_rows import Int8Rows
-from q_core.formats.quantized_tensor import QuantizedTensor, held_components
+from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.quantized_tensor import linear as product
-from q_core.formats.sharding import local_shard
 from q_core.formats.weight_format import WeightFormat
-from q_nn.int8_matmul import int8_matmul
-from q_nn.state_hooks import install
-
-Activations = Literal["int8", "native"]
+from q_nn.quantized_module import QuantizedModule
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(QuantizedModule, nn.Linear):
     """``nn.Linear`` with a :class:`QuantizedTensor` as its weight; see the subclasses.
 
     The weight is frozen; gradients flow through it to the input, and to the bias.
     """
-
-    holds: ClassVar[type[WeightFormat]]
-    """The kind of format that a subclass takes."""
 
     def __init__(
         self,
@@ -53,14 +43,6 @@ class QuantizedLinear(nn.Linear):
         layer.train(linear.training)
         return layer
 
-    def _hold(self, weight: QuantizedTensor) -> None:
-        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        install(self)
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        """Whether a checkpoint's weight in that format may be loaded."""
-        return isinstance(format, self.holds)
-
     def reset_parameters(self) -> None:
         """Draw a new random weight, as ``nn.Linear`` does, and quantize it."""
         weight = getattr(self, "weight", None)
@@ -73,10 +55,6 @@ class QuantizedLinear(nn.Linear):
             if self.bias is not None:
                 self.bias.copy_(dense.bias)
 
-    def extra_repr(self) -> str:
-        """What ``nn.Linear`` shows, and the format."""
-        return f"{super().extra_repr()}, format={_quantized(self).format}"
-
     def _bias_for(self, dtype: torch.dtype) -> Tensor | None:
         """The bias as the ops want it: of the activations' dtype, which needn't be the one the layer was made with."""
         bias = self.bias
@@ -87,171 +65,3 @@ class QuantizedLinear(nn.Linear):
         # Not F.linear: going through the tensor subclass, and asking it for its shape, costs more than the op's own dispatch.
         weight: Any = self.weight
         return product(input, weight, (self.out_features, self.in_features), self._bias_for(input.dtype))
-
-
-class Linear4bit(QuantizedLinear):
-    """A linear layer with a 4-bit weight (QLoRA, arXiv 2305.14314).
-
-    It starts with a random weight, quantized at once; a state dict with a dense weight is quantized as it is loaded, one in
-    bitsandbytes' layout is taken as it is, with its own blocksize.
-
-    Args:
-        in_features, out_features: sizes of input and output.
-        bias: whether there is a bias; it is not quantized.
-        device, dtype: of the weight before it is quantized, and of the bias. With device "meta" nothing is allocated or quantized.
-        quant_type: "nf4" or "fp4".
-        blocksize: elements a scale, a power of two in 32…4096.
-        double_quant: quantize the scales too: 4.127 bits a weight at blocksize 64, and not 4.5. Decoded scales are kept between forwards
-            without gradients, see :func:`q_core.formats.quantized_tensor.resolve`.
-    """
-
-    holds = FourBit
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        quant_type: FourBitType = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-    ) -> None:
-        format = _four_bit(quant_type, blocksize, double_quant)
-        super().__init__(in_features, out_features, bias, device, dtype, format=format)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, quant_type: FourBitType = "nf4", blocksize: int = 64, double_quant: bool = True
-    ) -> Self:
-        """Quantize the weight of a linear layer; the bias is shared with it.
-
-        Raises:
-            ValueError: the weight has an element that is not finite.
-        """
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, _four_bit(quant_type, blocksize, double_quant)))
-
-
-class _FixedType(Linear4bit):
-    """A :class:`Linear4bit` that says its type in its name."""
-
-    quant_type: ClassVar[FourBitType]
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        blocksize: int = 64,
-        double_quant: bool = True,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            device,
-            dtype,
-            quant_type=self.quant_type,
-            blocksize=blocksize,
-            double_quant=double_quant,
-        )
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, blocksize: int = 64, double_quant: bool = True) -> Self:  # type: ignore[override]
-        """:meth:`Linear4bit.from_linear` with the type of this class."""
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, _four_bit(cls.quant_type, blocksize, double_quant)))
-
-    def accepts_format(self, format: WeightFormat) -> bool:
-        return isinstance(format, FourBit) and format.quant_type == self.quant_type
-
-
-class LinearNF4(_FixedType):
-    """:class:`Linear4bit` in 4-bit NormalFloat: code-book entries at the quantiles of a normal distribution."""
-
-    quant_type: ClassVar[Literal["nf4"]] = "nf4"
-
-
-class LinearFP4(_FixedType):
-    """:class:`Linear4bit` in bitsandbytes' FP4: sign, two bits of exponent, one of mantissa."""
-
-    quant_type: ClassVar[Literal["fp4"]] = "fp4"
-
-
-class Linear8bitLt(QuantizedLinear):
-    """A linear layer with int8 weight rows, one scale each: LLM.int8() (arXiv 2208.07339) without outlier columns.
-
-    Rows of the input are quantized on the way in, and the products are summed exactly in int32. The gradient of the input goes through
-    the decoded weight, as if the input had not been rounded.
-
-    Args:
-        in_features, out_features: sizes of input and output.
-        bias: whether there is a bias; it is not quantized.
-        device, dtype: of the weight before it is quantized, and of the bias.
-        activations: "int8" as above, or "native": the input isn't rounded, which is slower and nearer to the original layer.
-    """
-
-    holds = Int8Rows
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activations: Activations = "int8",
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype, format=Int8Rows())
-        self.activations = activations
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, activations: Activations = "int8") -> Self:
-        """Quantize the weight of a linear layer; the bias is shared with it.
-
-        Raises:
-            ValueError: the weight has an element that is not finite.
-        """
-        layer = cls._around(linear, QuantizedTensor.quantize(linear.weight, Int8Rows()))
-        layer.activations = activations
-        return layer
-
-    @property
-    def activations(self) -> Activations:
-        """How the input takes part in the product."""
-        return self._activations
-
-    @activations.setter
-    def activations(self, activations: Activations) -> None:
-        if activations not in get_args(Activations):
-            raise ValueError(f"Linear8bitLt: activations is {activations!r}, expected one of {get_args(Activations)}")
-        self._activations = activations
-
-    def _hold(self, weight: QuantizedTensor) -> None:
-        super()._hold(weight)
-        self.activations = "int8"
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activations={self.activations!r}"
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self._activations == "native":
-            return super().forward(input)
-        weight: Any = self.weight
-        held = held_components(weight)
-        return int8_matmul(input, held["codes"], held["absmax"], self.bias, weight.component_layout)
-
-
-def _four_bit(quant_type: FourBitType, blocksize: int, double_quant: bool) -> FourBit:
-    return FourBit(quant_type, blocksize, NESTED_BLOCKSIZE if double_quant else None)
-
-
-def _quantized(layer: nn.Linear) -> QuantizedTensor:
-    weight = local_shard(layer.weight)
-    assert weight is not None
-    return weight

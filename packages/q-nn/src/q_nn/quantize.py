@@ -2,81 +2,36 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from q_core.formats.quantized_tensor import QuantizedTensor
-from q_core.formats.weight_format import WEIGHT_DTYPES
-from q_nn.config import DEFAULT_SKIP, QConfig
-from q_nn.layers import around, replace_module
+from q_core.formats.four_bit import FourBit
+from q_core.formats.fp8_rows import Fp8Rows
+from q_nn.config import QConfig
+from q_nn.convert import LINEAR, quantize_weights, rebuild
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.memory import tensor_bytes, weight_bytes
-from q_nn.patterns import matching
+from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
+from q_nn.report import QuantizedLayer, QuantizeReport
 from q_nn.sharded import refuse_sharded
-from q_nn.ties import parameter_owners
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """A layer that was quantized, with the bytes of its weight."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True, slots=True)
-class KeptParameter:
-    """A parameter that was left as it was, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeReport:
-    """What :func:`quantize` did: every parameter of the model is in one of the two lists, but the biases of quantized layers.
-
-    Attributes:
-        quantized: layers whose weight was quantized.
-        kept: parameters that were not.
-        bytes_before, bytes_after: of all parameters and buffers.
-    """
-
-    quantized: tuple[QuantizedLayer, ...]
-    kept: tuple[KeptParameter, ...]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        """A few lines for people; parameters that were kept are grouped by reason."""
-        lines = [f"quantized {len(self.quantized)} layers: {self.bytes_before:,} bytes before, {self.bytes_after:,} after"]
-        by_reason: dict[str, list[KeptParameter]] = defaultdict(list)
-        for parameter in self.kept:
-            by_reason[parameter.reason].append(parameter)
-        for reason, parameters in by_reason.items():
-            names = ", ".join(parameter.name for parameter in parameters[:3]) + (", …" if len(parameters) > 3 else "")
-            total = sum(parameter.bytes for parameter in parameters)
-            lines.append(f"kept {len(parameters)} ({total:,} bytes), {reason}: {names}")
-        return "\n".join(lines)
 
 
 def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> QuantizeReport:
-    """Quantize the linear layers of a model in place, one after the other.
+    """Quantize the layers of a model in place, one after the other.
 
-    Each ``nn.Linear`` becomes a :class:`LinearNF4`, :class:`LinearFP4` or :class:`Linear8bitLt` at the same place, with the same bias.
-    What can't be quantized is left alone and reported: a weight that other modules share (tied embeddings), subclasses of ``nn.Linear``
-    and everything that isn't one, and what ``config.skip`` names.
+    Linear layers (``nn.Linear``), the fused experts of transformers 5 and, where a rule says so, embeddings (``nn.Embedding``) make place
+    for quantized ones, under the same names and with the same biases. What can't be quantized is left alone and reported: subclasses, which
+    may compute something else, a weight that other modules share (tied embeddings) unless a rule means these likewise, and what
+    ``config.skip`` names.
+
+    Weights are checked one by one before anything is changed. Then each dense weight is let go of before the next is quantized: what it
+    takes beyond the model as it was is one layer's quantized weight. If it is interrupted, every layer is either as it was or quantized,
+    and a second call does the rest.
 
     Args:
         model: on any device but "meta".
-        config: format and what to skip.
+        config: formats, rules and what to skip.
         progress: show a progress bar.
 
     Returns:
@@ -84,84 +39,87 @@ def quantize(model: nn.Module, config: QConfig, *, progress: bool = False) -> Qu
 
     Raises:
         ValueError: a weight has elements that are not finite, or is on the meta device, or nothing is there to quantize, or
-            a pattern of ``config.skip`` means nothing, or the model is sharded; the message names it, and nothing is changed.
+            a rule or a pattern of ``config.skip`` means nothing, or the model is sharded or has adapters; the message names it, and
+            nothing is changed.
     """
     if not isinstance(config, QConfig):
         raise TypeError(f"quantize: config is {type(config).__name__}, expected a QConfig")
     refuse_sharded("quantize", model, "quantize before fully_shard")
-    _check_skip(model, config)
-    chosen, kept = _plan(model, config)
-    _check_weights(chosen)
+    refuse_adapted("quantize", model)
+    plan = plan_quantization(model, config)
+    for layer in plan.layers:
+        _check_weights(model, layer)
+    return apply_plan(model, plan, progress=progress)
+
+
+def apply_plan(model: nn.Module, plan: QuantizePlan, *, progress: bool = False) -> QuantizeReport:
+    """Quantize what was planned, of values that were checked. A model on the meta device becomes the quantized one there."""
     before = weight_bytes(model)
-    format = config.weight_format()
-    done = []
-    for name, linear in tqdm(chosen.items(), desc=f"quantize to {config.format}", unit="layer", disable=not progress):
-        weight = QuantizedTensor.quantize(linear.weight, format)
-        done.append(QuantizedLayer(name, tuple(weight.shape), linear.weight.nbytes, weight.stored_bytes))
-        replace_module(model, linear, around(linear, weight))
-    return QuantizeReport(tuple(done), tuple(kept), before, weight_bytes(model))
+    places = _places(model)
+    done = [
+        _quantize_layer(model, layer, places) for layer in tqdm(plan.layers, desc="quantize", unit="layer", disable=not progress)
+    ]
+    return QuantizeReport(tuple(done), plan.kept, before, weight_bytes(model))
 
 
-def _plan(model: nn.Module, config: QConfig) -> tuple[dict[str, nn.Linear], list[KeptParameter]]:
-    owners = parameter_owners(model)
-    chosen: dict[str, nn.Linear] = {}
-    kept: list[KeptParameter] = []
-    for name, module in model.named_modules():
-        reason = _why_not(name, module, owners, config)
-        if reason is None:
-            assert isinstance(module, nn.Linear)
-            chosen[name] = module
-            continue
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                why = "one-dimensional" if parameter.ndim < 2 and not isinstance(module, nn.Linear) else reason
-                kept.append(KeptParameter(f"{name}.{own}".lstrip("."), tuple(parameter.shape), tensor_bytes(parameter), why))
-    if not chosen:
-        raise ValueError("quantize: the model has no linear layer to quantize: " + "; ".join(sorted({k.reason for k in kept})))
-    return chosen, kept
+def _quantize_layer(model: nn.Module, layer: PlannedLayer, places: dict[str, list[str]]) -> QuantizedLayer:
+    """Quantize one layer's weights, and put modules around them in the place of all that share them."""
+    first, *tied = layer.names
+    old = model.get_submodule(first)
+    before = sum(tensor_bytes(old.get_parameter(own)) for own in layer.kind.weights)
+    weights = quantize_weights(first, old, layer.rules[0])
+    new = rebuild(old, weights, layer.rules[0])
+    _put(model, places[first], new)
+    for name, rule in zip(tied, layer.rules[1:], strict=True):
+        other = rebuild(model.get_submodule(name), weights, rule)
+        other._parameters.update({own: new._parameters[own] for own in weights})  # one parameter, not two of the same tensor
+        _put(model, places[name], other)
+    shapes = tuple(tuple(weight.shape) for weight in weights.values())
+    after = sum(weight.stored_bytes for weight in weights.values())
+    return QuantizedLayer(first, layer.kind.name, _in_words(layer), shapes, before, after, tuple(tied))
 
 
-def _why_not(name: str, module: nn.Module, owners: dict[int, list[str]], config: QConfig) -> str | None:
-    """Why a module isn't quantized; ``None`` if it is."""
-    weight = module._parameters.get("weight")
-    if isinstance(weight, QuantizedTensor):
-        return "quantized already"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not nn.Linear"
-    if not name:
-        return "the model itself is the layer, so that nothing can hold another in its place; use from_linear"
-    if (pattern := matching(name, config.skip)) is not None:
-        return f"skipped by {pattern!r}"
-    if weight is None:
-        return "its weight is computed, not a parameter"
-    others = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
-    if others:
-        return f"tied to {', '.join(others)}"
-    if weight.dtype not in WEIGHT_DTYPES:
-        return f"its dtype is {weight.dtype}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which another layer would lose"
-    return None
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each module, by the one that ``named_modules`` gives it."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(module), name), []).append(name)
+    return names
 
 
-def _check_skip(model: nn.Module, config: QConfig) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for pattern in config.skip:
-        if pattern not in DEFAULT_SKIP and not any(matching(name, (pattern,)) for name in names):
-            raise ValueError(
-                f"quantize: skip pattern {pattern!r} means no module; a name is matched from its start or by its end, "
-                f"such as {names[-1]!r}, or '.*part' for what holds a part"
-            )
+def _put(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, module)
 
 
-def _check_weights(chosen: dict[str, nn.Linear]) -> None:
-    for name, linear in chosen.items():
-        if linear.weight.is_meta:
-            raise ValueError(f"quantize: {name}.weight is on the meta device, expected real values; load the model first")
-        if count := _non_finite(linear.weight):
-            raise ValueError(f"quantize: {name}.weight has {count} elements that are NaN or infinite, expected finite ones")
+def _in_words(layer: PlannedLayer) -> str:
+    rule = layer.rules[0]
+    format = rule.weight_format()
+    if isinstance(format, FourBit):
+        nested = ", double-quantized scales" if format.nested_blocksize is not None else ""
+        return f"{format.quant_type}, blocks of {format.blocksize}{nested}"
+    if isinstance(format, Fp8Rows):
+        return "fp8"
+    rounds = rule.format == "int8" and layer.kind is LINEAR
+    return f"int8, threshold {rule.outlier_threshold():g}" if rounds else "int8, weight only"
+
+
+def _check_weights(model: nn.Module, layer: PlannedLayer) -> None:
+    module = model.get_submodule(layer.names[0])
+    for own in layer.kind.weights:
+        weight = module.get_parameter(own)
+        name = f"{layer.names[0]}.{own}"
+        if weight.is_meta:
+            raise ValueError(f"quantize: {name} is on the meta device, expected real values; load the model first")
+        if weight.numel() and not _all_finite(weight):
+            count = int((~torch.isfinite(weight)).sum())
+            raise ValueError(f"quantize: {name} has {count} elements that are NaN or infinite, expected finite ones")
 
 
 @torch.no_grad()
-def _non_finite(weight: Tensor) -> int:
-    return int((~torch.isfinite(weight)).sum())
+def _all_finite(weight: Tensor) -> bool:
+    # Its extremes say it without a mask as large as the weight.
+    lowest, highest = torch.aminmax(weight)
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -10,7 +10,8 @@ from torch import nn
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.hf_config import BitsAndBytesConfig
 from q_nn.layers import around, replace_module
-from q_nn.linear import Linear8bitLt
+from q_nn.linear8bit import Linear8bitLt
+from q_nn.lora.adapted import refuse_adapted
 from q_nn.patterns import matching
 from q_nn.sharded import refuse_sharded
 from q_nn.ties import tied_parameters
@@ -33,9 +34,10 @@ def replace_linears(
         Names of the layers that were swapped.
 
     Raises:
-        ValueError, TypeError: a setting is unknown or not supported, or the model is sharded; nothing is changed then.
+        ValueError, TypeError: a setting is unknown or not supported, or the model is sharded or has adapters; nothing is changed then.
     """
     refuse_sharded("replace_linears", model, "replace layers before fully_shard")
+    refuse_adapted("replace_linears", model)
     chosen = plan_replacements(model, BitsAndBytesConfig.from_dict(quantization_config), linear_types)
     for old, new in chosen.values():
         replace_module(model, old, new)
@@ -62,9 +64,11 @@ def plan_replacements(
 
 def _empty_layer(linear: nn.Linear, config: BitsAndBytesConfig) -> nn.Linear:
     weight = linear.weight
+    if config.has_fp16_weights:
+        return Linear8bitLt.from_linear(linear, threshold=config.threshold, has_fp16_weights=True)
     layer = around(linear, QuantizedTensor.empty(weight.shape, config.format, dtype=weight.dtype, device=weight.device))
     if isinstance(layer, Linear8bitLt):
-        layer.activations = config.activations
+        layer.threshold = config.threshold
     return layer
 
 

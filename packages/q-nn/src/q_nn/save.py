@@ -8,39 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from q_core.formats.checkpoint import flat_keys
 from q_core.formats.sharding import is_dtensor
-from q_nn.atomic import write_files
+from q_nn.atomic import replacing
 from q_nn.hf_config import quantization_config
 from q_nn.lora import LoRALinear
+from q_nn.shards import CONFIG, GENERATION_CONFIG, MAX_SHARD_SIZE, ShardWriter, is_model_file, size_in_bytes, write_json
 from q_nn.state_hooks import prepare
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-_GENERATION_CONFIG = "generation_config.json"
 
-
-def save_pretrained(model: nn.Module, directory: str | PathLike[str]) -> None:
-    """Write model.safetensors, config.json and, if the model has one, generation_config.json.
+def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    """Write the weights, config.json and, if the model has one, generation_config.json.
 
     Quantized weights are written in bitsandbytes' layout and config.json describes them in transformers' dialect, so that
-    ``AutoModelForCausalLM.from_pretrained`` reads the directory. Weights that are tied are written once. The tokenizer has a
-    ``save_pretrained`` of its own.
+    ``AutoModelForCausalLM.from_pretrained`` reads the directory. Weights that are tied are written once. The weights are one file,
+    model.safetensors, or several and model.safetensors.index.json.
 
-    A save that fails leaves the files that were there whole. The files are put in place in the order above.
+    A model that is there already is replaced as a whole: at whatever moment the process is killed, the directory holds the old model or
+    the new one, see :mod:`q_nn.atomic`. Other files, such as a tokenizer's, which has a ``save_pretrained`` of its own, stay.
 
     Args:
         model: has a transformers ``config``.
         directory: made if it isn't there.
+        max_shard_size: bytes of weights a file, or a size such as "5GB"; more only if the tensors of one module take more.
 
     Raises:
         TypeError: the model has no such config.
         ValueError: the model holds adapters, is on the meta device, is sharded, or is quantized in more ways than config.json can
-            say, or the directory holds a model in several files.
+            say.
         OSError: writing failed.
     """
     config = getattr(model, "config", None)
@@ -48,46 +45,53 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str]) -> None:
         raise TypeError(f"save_pretrained: {type(model).__name__} has no transformers config, expected model.config to be one")
     if adapters := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
         raise ValueError(f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more hold adapters; merge_lora(model) first")
-    target = Path(directory)
-    if (target / INDEX).exists():
-        raise ValueError(f"save_pretrained: {target} holds a model in several files; choose another directory")
-    tensors = _tensors(model)
-    description = _describe(model, config)
-
-    writers = {
-        WEIGHTS: lambda path: _write_tensors(path, tensors),
-        CONFIG: lambda path: _write_json(path, description),
-    }
+    max_bytes = size_in_bytes(max_shard_size)
+    groups = tensors_by_module(model)
+    for group in groups.values():
+        for name, tensor in group.items():
+            _check(name, tensor)
+    description = describe(model, config)
     generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation_description = json.loads(generation.to_json_string())
-        writers[_GENERATION_CONFIG] = lambda path: _write_json(path, generation_description)
-    target.mkdir(parents=True, exist_ok=True)
-    write_files(target, writers)
+
+    with replacing(Path(directory), is_model_file, entry=CONFIG) as stage:
+        writer = ShardWriter(stage, max_bytes)
+        for group in groups.values():
+            writer.add(group)
+        writer.finish()
+        write_json(stage / CONFIG, description)
+        if generation is not None:
+            write_json(stage / GENERATION_CONFIG, json.loads(generation.to_json_string()))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in plain tensors, each parameter once."""
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"save_pretrained: {name} is on the meta device, expected real values; load the model first")
+    if is_dtensor(tensor):
+        raise ValueError(
+            f"save_pretrained: {name} is sharded, expected a whole model; load what torch's "
+            "get_model_state_dict gives with full_state_dict=True into one, and save that"
+        )
+
+
+def tensors_by_module(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The state dict in plain tensors, each parameter once, those of each module together and in the order of the modules."""
+    state: dict[str, Tensor] = prepare(model).state_dict()
     first_names: dict[int, str] = {}
-    duplicates = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first_names.setdefault(id(parameter), name) != name:
-            duplicates.add(name)
-    tensors = {}
-    for name, tensor in prepare(model).state_dict().items():
-        if name not in duplicates:
-            if tensor.is_meta:
-                raise ValueError(f"save_pretrained: {name} is on the meta device, expected real values; load the model first")
-            if is_dtensor(tensor):
-                raise ValueError(
-                    f"save_pretrained: {name} is sharded, expected a whole model; load what torch's "
-                    "get_model_state_dict gives with full_state_dict=True into one, and save that"
-                )
-            tensors[name] = tensor.contiguous()
-    return tensors
+            for key in flat_keys(name, state) or (name,):
+                state.pop(key, None)
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_modules(remove_duplicate=False)}
+    for key, tensor in state.items():
+        owner = key.rpartition(".")[0]
+        while owner not in groups:  # the flat layout adds to a parameter's name
+            owner = owner.rpartition(".")[0]
+        groups[owner][key] = tensor
+    return {name: group for name, group in groups.items() if group}
 
 
-def _describe(model: nn.Module, config: Any) -> dict[str, Any]:
+def describe(model: nn.Module, config: Any) -> dict[str, Any]:
+    """What config.json says of a model, quantized or not, on any device."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     description: dict[str, Any] = json.loads(config.to_json_string())
     description["architectures"] = [type(model).__name__]
@@ -97,14 +101,3 @@ def _describe(model: nn.Module, config: Any) -> dict[str, Any]:
     if quantized is not None:
         description["quantization_config"] = quantized
     return description
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this note
-    except SafetensorError as error:
-        raise OSError(f"save_pretrained: writing {WEIGHTS} failed: {error}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,25 +7,29 @@ from collections import defaultdict
 from torch import nn
 
 
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter by its ``id``, one a module that holds it; more than one if it is tied.
+def tie_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter that is tied, the names of all that it is tied to, itself among them, one a module that holds it.
 
-    A module that goes by several names itself is one owner.
+    A module that goes by several names itself is one owner. What transformers declares to be tied counts on the meta device, where it
+    needn't be one object yet.
     """
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{own}".lstrip("."))
-    return owners
+    parameters = {
+        f"{prefix}.{own}".lstrip("."): parameter
+        for prefix, module in model.named_modules()
+        for own, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    declared = getattr(model, "all_tied_weights_keys", {})
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        source = parameters.get(declared.get(name, name), parameter)
+        groups[id(source if source.is_meta and parameter.is_meta else parameter)].append(name)
+    return {name: tuple(group) for group in groups.values() if len(group) > 1 for name in group}
 
 
 def tied_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that are tied, and of those that a transformers model declares so.
-
-    The declaration matters on the meta device, where what will be tied isn't one object yet.
-    """
-    tied = {name for names in parameter_owners(model).values() if len(names) > 1 for name in names}
+    """Names of the parameters that are tied, and of those that a transformers model declares so."""
+    tied = set(tie_groups(model))
     for pair in getattr(model, "all_tied_weights_keys", {}).items():
         tied.update(pair)
     return tied

@@ -117,8 +117,7 @@ DYNAMIC_UNSIGNED = _dynamic_values(signed=False)
 
 
 @functools.lru_cache(maxsize=64)
-def book_tensor(quant_type: FourBitType, device: torch.device) -> Tensor:
-    """The 16 values of a 4-bit type by code, float32 on a device; shared, not to be written to."""
+def _book_tensor(quant_type: str, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(FOUR_BIT_BOOKS[quant_type].values, dtype=torch.float32, device=device)
 
@@ -129,9 +128,33 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
         return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
 
 
+def _traced() -> bool:
+    """Whether tensors are made for a graph now: a cache doesn't belong into it, a constant does; and no fake tensor into a cache."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def book_tensor(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 values of a 4-bit type by code, float32 on a device; shared, not to be written to."""
+    if _traced():
+        return torch.tensor(FOUR_BIT_BOOKS[quant_type].values, dtype=torch.float32, device=device)
+    return _book_tensor(quant_type, device)
+
+
+def _constant_map(signed: bool, device: torch.device) -> Tensor:
+    return _dynamic_map(signed, device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_constant_map._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The dynamic 8-bit map as float32 [256] on a device; shared, not to be written to."""
-    # A cache doesn't belong into a graph; a constant does. And no fake tensor belongs into the cache.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    device = torch.device(device)
+    # The flag, because torch 2.11's compiler takes is_exporting() for true.
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
+        # Tracing 256 numbers takes it seconds a layer. Of a constant's clone it knows the shape.
+        return _constant_map(signed, device).clone()
+    if _traced():
         return torch.tensor(DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
-    return _dynamic_map(signed, torch.device(device))
+    return _dynamic_map(signed, device)

@@ -4,62 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from q_core import ops
-from q_core.formats.weight_format import Components, WeightFormat
+from q_core.formats.scaled_rows import ScaledRows
+from q_core.formats.weight_format import Components
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Rows(WeightFormat):
+class Int8Rows(ScaledRows):
     """One int8 code an element and one float32 scale a row: ``w ≈ codes * absmax / 127``.
 
-    The components are ``codes`` int8 [N, K] and ``absmax`` float32 [N].
+    The components are ``codes`` int8 [N, K] and ``absmax`` float32 [N]; of a stack of matrices int8 [..., N, K] and float32 [..., N].
     """
 
-    @property
-    def component_names(self) -> tuple[str, ...]:
-        return ("codes", "absmax")
+    code_dtype: ClassVar[torch.dtype] = torch.int8
+    peak: ClassVar[float] = 127.0
 
-    def quantize(self, dense: Tensor) -> dict[str, Tensor]:
-        if dense.ndim != 2:
-            raise ValueError(f"Int8Rows.quantize: the weight has shape {list(dense.shape)}, expected two axes [N, K]")
+    def encode(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         codes, absmax, _ = ops.quantize_int8_rowwise(dense)
-        return {"codes": codes, "absmax": absmax}
-
-    def empty(self, shape: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
-        if len(shape) != 2:
-            raise ValueError(f"Int8Rows: the weight has shape {list(shape)}, expected two axes [N, K]")
-        return {
-            "codes": torch.empty(tuple(shape), dtype=torch.int8, device=device),
-            "absmax": torch.empty(shape[0], dtype=torch.float32, device=device),
-        }
-
-    def dequantize(self, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _decode(resolved["codes"], resolved["absmax"], dtype).view(tuple(shape))
+        return codes, absmax
 
     def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
         return ops.gemm_int8_weight(x_TK, resolved["codes"], resolved["absmax"], bias=bias, layout=layout)
 
-    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _decode(resolved["codes"][ids], resolved["absmax"][ids], dtype)
-
     @property
     def prepack_arguments(self) -> Mapping[str, Any]:
         return {"format": "int8"}
-
-    def check_cut(self, shape: Sequence[int], row: int) -> None:
-        if len(shape) != 2:
-            raise ValueError(f"an int8 weight seen as {list(shape)} has no rows to cut, expected two axes [N, K]")
-
-    def rows(self, resolved: Components, shape: Sequence[int], start: int, stop: int) -> tuple[Int8Rows, dict[str, Tensor]]:
-        self.check_cut(shape, start)
-        return self, {"codes": resolved["codes"][start:stop], "absmax": resolved["absmax"][start:stop]}
-
-
-def _decode(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    # A row without a finite scale has all codes 0 and decodes to NaN, as the ops promise: 0 * inf and 0 * nan.
-    return (codes.float() * (absmax / 127).unsqueeze(-1)).to(dtype)

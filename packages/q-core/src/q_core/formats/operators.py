@@ -1,6 +1,6 @@
 """What torch does with a quantized weight: the functions that torch.nn calls on it, and the operators left below autograd.
 
-A copy keeps the format, and what has no meaning without decoding isn't here.
+A copy keeps the format, what is written into a weight is quantized, and what has no meaning without decoding isn't here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from q_core.formats.quantized_tensor import (
     OPERATORS,
     QuantizedTensor,
     alias,
+    canonical_components,
     check_dtype,
     held_components,
     linear,
@@ -27,6 +28,7 @@ from q_core.formats.quantized_tensor import (
 )
 from q_core.formats.sharding import is_dtensor
 from q_core.layouts import CANONICAL
+from q_core.specs.check import short
 
 aten = torch.ops.aten
 
@@ -58,7 +60,9 @@ def _embedding(
         unsupported("torch.nn.functional.embedding", "takes a QuantizedTensor as its weight only")
     if max_norm is not None:
         unsupported("torch.nn.functional.embedding with max_norm", "renormalizes its weight in place")
-    return weight.format.embedding(input, resolve(weight), weight.shape, weight.dtype)
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"torch.nn.functional.embedding: input is {short(input.dtype)}, expected indices, int64 or int32")
+    return weight.format.embedding(input, canonical_components(weight), weight.shape, weight.dtype)
 
 
 def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
@@ -70,10 +74,31 @@ def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> Quant
     return tensor
 
 
+def _set_data(tensor: QuantizedTensor, value: Tensor) -> None:
+    """``tensor.data = value``: the components of another quantized tensor, or a dense one quantized, as ``copy_`` does."""
+    if not isinstance(value, QuantizedTensor):
+        value = QuantizedTensor.quantize(value, tensor.format)
+    if value.shape != tensor.shape:
+        raise ValueError(f"data: the new value has shape {list(value.shape)}, expected {list(tensor.shape)}")
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+    for name in tensor.format.component_names:
+        delattr(tensor, name)
+    for name, component in held_components(value).items():
+        setattr(tensor, name, component)
+    tensor.format, tensor.component_layout, tensor._resolved = value.format, value.component_layout, None
+
+
+def _isfinite(tensor: QuantizedTensor) -> Tensor:
+    return torch.isfinite(tensor.dequantize())
+
+
 FUNCTIONS.update(
     {
         F.linear: _linear,
         F.embedding: _embedding,
+        torch.isfinite: _isfinite,
+        torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
         torch.Tensor.requires_grad_: _requires_grad,
         torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
     }
@@ -156,6 +181,13 @@ def _in_layout(source: QuantizedTensor, layout: str, device: torch.device) -> Qu
     return map_components(source, lambda part: part.to(device)).prepack(layout)
 
 
+def _add_or_subtract(func: Any, target: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+    """``target += other``: decoded, changed and quantized again in its format, as writing dense values with ``copy_`` does."""
+    if not isinstance(target, QuantizedTensor) or isinstance(other, QuantizedTensor):
+        unsupported(func, "takes a QuantizedTensor on its left only")
+    return _copy(func, target, func(target.dequantize(), other, alpha=alpha))
+
+
 def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
     a, b = (t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b))
     return torch.equal(a, b)
@@ -196,6 +228,8 @@ OPERATORS.update(
         aten._to_copy.default: _to_copy,
         aten.empty_like.default: _empty_like,
         aten.copy_.default: _copy,
+        aten.add_.Tensor: _add_or_subtract,
+        aten.sub_.Tensor: _add_or_subtract,
         aten.equal.default: _equal,
         aten.slice.Tensor: _slice,
         aten.split.Tensor: _split,

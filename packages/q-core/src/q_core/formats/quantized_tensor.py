@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from q_core.formats.four_bit import FourBit
+from q_core.formats.fp8_rows import Fp8Rows
+from q_core.formats.grouped_int import AffineGroups, SuperGroups
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.weight_format import WEIGHT_DTYPES, Components, WeightFormat
 from q_core.layouts import CANONICAL
@@ -76,7 +78,7 @@ class QuantizedTensor(torch.Tensor):
 
         Args:
             dense: float32, bfloat16 or float16, any shape that the format takes.
-            format: :class:`FourBit` or :class:`Int8Rows`.
+            format: :class:`FourBit`, :class:`Int8Rows` or :class:`Fp8Rows`.
 
         Raises:
             TypeError: ``dense`` is quantized already or of another dtype.
@@ -343,7 +345,7 @@ def _parameter(tensor: QuantizedTensor) -> QuantizedTensor:
     return torch.nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
 
 
-torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, _rebuild])
+torch.serialization.add_safe_globals([QuantizedTensor, FourBit, Int8Rows, AffineGroups, SuperGroups, Fp8Rows, _rebuild])
 
 
 def _is_parameter(tensor: Tensor) -> bool:

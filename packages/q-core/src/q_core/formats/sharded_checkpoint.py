@@ -56,7 +56,7 @@ def from_flat_sharded(key: str, state: Mapping[str, Tensor], like: DTensor, *, s
         dtype: what the weight decodes to, whatever the layout says.
 
     Returns:
-        The weight. Its rows on this rank are a :class:`QuantizedTensor`, with plain scales where they were double-quantized.
+        The weight. Its rows on this rank are a :class:`QuantizedTensor`, with float32 scales whatever they were held in.
 
     Raises:
         ValueError: as :func:`q_core.formats.checkpoint.from_flat`, or the weight can't be divided as ``like`` is.
@@ -68,7 +68,7 @@ def from_flat_sharded(key: str, state: Mapping[str, Tensor], like: DTensor, *, s
         _refuse(key, f"has shape {list(read.shape)}", str(list(shape)))
     keys = row_keys(key, read.format)
     if read.format.derives and is_dtensor(flat[keys["absmax"]]):
-        _refuse(keys["absmax"], "is divided and double-quantized", "the whole of it on every rank")
+        _refuse(keys["absmax"], "is divided and holds codes of scales", "the whole of it on every rank")
     own_shape = _own_shape(key, shape, like)
     read.format.check_cut(shape, own_shape[0])
 

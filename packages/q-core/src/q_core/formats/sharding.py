@@ -2,8 +2,8 @@
 
 ``fully_shard`` cuts rows with the operators below, and :class:`QuantizedTensor` says how shards are gathered. Whatever can't be cut right
 is refused there, alike on every rank, and so before anything waits for another rank: rows that don't divide by the ranks, and shards that
-don't end at a block. Double-quantized scales are decoded, once, and sharded as plain ones: 4.5 bits a weight in place of 4.127, divided by
-the ranks; what the weight decodes to stays the same to the bit.
+don't end at a block. Scales that aren't held in float32 are decoded, once, and sharded as float32: nf4 takes 4.5 bits a weight in place of
+4.127, mxfp4 5 in place of 4.25 and nvfp4 6 in place of 4.5, divided by the ranks. What the weight decodes to stays the same to the bit.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ class WeightFormat(ABC):
         """Multiply activations [..., K] with the weight [N, K] in any layout: [..., N]."""
 
     @abstractmethod
-    def embedding(self, ids: Tensor, resolved: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Decode the rows ``ids`` [...] of the weight [V, K]: [..., K]."""
+    def embedding(self, ids: Tensor, components: Components, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Decode the rows ``ids`` [...] of the weight [V, K], and no other, to [..., K]; the components are as they are held."""
 
     @abstractmethod
     def check_cut(self, shape: Sequence[int], row: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q_core.experts import FOUR_BIT_FORMATS
 from q_core.record import Gradient
 from q_core.reference.moe import decode_expert
 
@@ -49,8 +50,8 @@ def _backward_fused_moe(ctx: Any, dy_TK: Tensor) -> tuple[Tensor | None, ...]:
     for expert in range(w13.shape[0]):
         chosen = topk_ids == expert
         mine = chosen.any(-1, keepdim=True)
-        first = decode_expert(w13, w13_scale, expert, (2 * N, K), ctx.format, ctx.blocksize).float()
-        second = decode_expert(w2, w2_scale, expert, (K, N), ctx.format, ctx.blocksize).float()
+        first = _decode(w13, w13_scale, expert, (2 * N, K), ctx.format, ctx.blocksize)
+        second = _decode(w2, w2_scale, expert, (K, N), ctx.format, ctx.blocksize)
         gate, up = (x @ first.T).chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
         hidden = gate * sigmoid * up
@@ -60,6 +61,15 @@ def _backward_fused_moe(ctx: Any, dy_TK: Tensor) -> tuple[Tensor | None, ...]:
         dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         dx = dx + torch.where(mine, torch.cat((dgate, dhidden * gate * sigmoid), -1) @ first, 0.0)
     return dx.to(x_TK.dtype), None, None, dweights, None, None, None, None, None, None
+
+
+def _decode(weight: Tensor, scale: Tensor | None, expert: int, shape: tuple[int, int], format: str, blocksize: int) -> Tensor:
+    if format in FOUR_BIT_FORMATS:
+        # The op, not its reference, whose code book is no part of a graph that is being compiled.
+        assert scale is not None
+        decoded: Tensor = torch.ops.q.dequantize_4bit(weight[expert], scale[expert], blocksize, format, shape, torch.float32)
+        return decoded
+    return decode_expert(weight, scale, expert, shape, format, blocksize).float()
 
 
 route_topk = Gradient(save=_save_route_topk, backward=_backward_route_topk, inputs=("logits_TE",))
