@@ -140,10 +140,8 @@ def test_training_attention_and_router(make: Make, ids: Tensor) -> None:
 def test_gradient_checkpointing(ids: Tensor) -> None:
     model = mixtral().train()
     quantize(model, QConfig("nf4"))
-    add_lora(model, LoRAConfig(rank=4, target=("q_proj",)))
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            nn.init.normal_(module.lora_B.weight, std=0.1)
+    for parameter in add_lora(model, LoRAConfig(rank=4, target=("q_proj",))):
+        nn.init.normal_(parameter, std=0.1)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
