@@ -19,7 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AwqConfig, GPTQConfig, LlamaForCausalLM
 
-from q_nn import FourBit, Linear4bit, LinearGroupedInt, LinearInt8, QuantizedTensor, load_foreign, load_into, read_weights
+from q_nn import (
+    FourBit,
+    Linear4bit,
+    LinearGroupedInt,
+    LinearInt8,
+    QuantizedTensor,
+    load_foreign,
+    load_into,
+    read_weights,
+    save_pretrained,
+)
 from q_nn.readers import gptq as gptq_reader
 from q_nn.readers.checks import Parts
 from q_nn.readers.directory import reader_for
@@ -454,6 +464,15 @@ def test_layers_that_cannot_hold_one(make_llama: MakeLlama, tmp_path: Path) -> N
     model.model.layers[0].mlp.up_proj = Other(128, 192, bias=False)
     with pytest.raises(ValueError, match=r"up_proj\.weight is quantized, and Other holds it, expected nn\.Linear or nn\.Embedding"):
         load_foreign(model, tmp_path)
+
+
+def test_groups_are_not_saved_as_something_else(make_llama: MakeLlama, tmp_path: Path) -> None:
+    write(make_llama(), tmp_path, AWQ, BY_NAME["awq"].values[1])
+    model = make_llama()
+    load_foreign(model, tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj is held as AffineGroups\(.*\), which q_nn\.QConfig has no word for"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
 def test_biases_of_zeros_are_dropped(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
