@@ -426,14 +426,14 @@ def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format
 def test_settings_of_an_int8_layer_stay_when_merged(fill: Fill) -> None:
     model = nn.Sequential(nn.Linear(64, 32))
     quantize(model, QConfig("int8"))
-    model[0].activations = "native"
+    model[0].threshold = 2.5
     add_lora(model, LoRAConfig())
     fill(model)
     merge_lora(model, reversible=True)
-    assert model[0].merged_layer.activations == "native"
+    assert model[0].merged_layer.threshold == 2.5
     unmerge_lora(model)
     merge_lora(model)
-    assert model[0].activations == "native"
+    assert model[0].threshold == 2.5
 
 
 def test_merging_adds_the_active_adapters_alone(fill: Fill) -> None:
