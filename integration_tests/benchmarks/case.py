@@ -65,6 +65,7 @@ class Case:
         sets: how many sets of inputs ``ours`` and the peers take in turn.
         target: what is asked for.
         work: what the hardware must do, if a bound is stated.
+        seconds: what a contender's turns may take, where that isn't the clock's default.
     """
 
     op: str
@@ -75,3 +76,4 @@ class Case:
     sets: int = 1
     target: Target = Target()
     work: Work | None = None
+    seconds: float | None = None

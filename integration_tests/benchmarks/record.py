@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.case import Case
-from benchmarks.clock import Yardstick, milliseconds
+from benchmarks.clock import SECONDS, Yardstick, milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Record:
         ours_ms: median time.
         peer: the fastest of those that the target names; ``None`` where the case has none.
         peer_ms: its median time.
+        peers_ms: the median time of every peer, whether or not a target names it.
         ratio: its time over ours: above 1 we are the faster.
         bound: what limits the op on this machine: "read" or "copy" bandwidth, as measured in this run.
         bound_fraction: share of it that we reach.
@@ -32,6 +33,7 @@ class Record:
     ours_ms: float
     peer: str | None
     peer_ms: float | None
+    peers_ms: dict[str, float]
     ratio: float | None
     bound: str | None
     bound_fraction: float | None
@@ -41,7 +43,8 @@ class Record:
 
 def measure(case: Case, threads: int, yardstick: Yardstick) -> Record:
     """Measure a case with the threads that torch has now; a fraction of a bound is asked for at one thread only."""
-    times = milliseconds({"ours": case.ours, **case.peers}, case.sets)
+    seconds = SECONDS if case.seconds is None else case.seconds
+    times = milliseconds({"ours": case.ours, **case.peers}, case.sets, seconds)
     ours = times.pop("ours")
     rivals = {name: ms for name, ms in times.items() if not case.target.peers or name in case.target.peers}
     peer = min(rivals, key=rivals.__getitem__) if rivals else None
@@ -58,7 +61,7 @@ def measure(case: Case, threads: int, yardstick: Yardstick) -> Record:
         checks.append(fraction >= case.target.fraction)
     return Record(
         op=case.op, shape=case.shape, dtype=case.dtype, threads=threads, ours_ms=ours,
-        peer=peer, peer_ms=rivals[peer] if peer is not None else None, ratio=ratio,
+        peer=peer, peer_ms=rivals[peer] if peer is not None else None, peers_ms=times, ratio=ratio,
         bound=case.work.bound if case.work else None, bound_fraction=fraction,
         target=str(case.target), met=all(checks) if checks else None,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from benchmarks.case import Case
-from benchmarks.cases import attention, gemm, moe, norm, optim, quantize
+from benchmarks.cases import attention, gemm, modules, moe, norm, optim, quantize
 
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "quantize": quantize.cases,
@@ -14,5 +14,6 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention.cases,
     "moe": moe.cases,
     "norm": norm.cases,
+    "modules": modules.cases,
 }
 """Each yields its cases one by one: the inputs of one are gone before those of the next are made."""

@@ -31,9 +31,9 @@ _NAMED_IN_ERRORS = 5
 def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
-    Modules that the config says are quantized are swapped first, see :func:`q_nn.replace_linears`, and :class:`q_nn.QConfig` for our own
-    dialect. Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the
-    CPU. Tied parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    Modules that the config says are quantized are swapped first (:func:`q_nn.replace_linears`; :class:`q_nn.QConfig` for our own dialect).
+    Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU.
+    Tied parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
     What GPTQ, AWQ or compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
