@@ -57,7 +57,7 @@ def ours_with(peft_model: PeftModel, model: nn.Module) -> nn.Module:
     assert ours.keys() == theirs.keys()
     for name, layer in ours.items():
         state = {key.replace(".default", ""): tensor for key, tensor in theirs[name].state_dict().items() if "lora_" in key}
-        missing, unexpected = layer.load_state_dict(state, strict=False)
+        missing, unexpected = layer.adapters["default"].load_state_dict(state, strict=False)
         assert not unexpected and not [key for key in missing if "lora_" in key]
     return model
 
@@ -86,7 +86,7 @@ def test_a_step_is_that_of_our_own_adapters(load: Callable[..., PreTrainedModel]
     compared = 0
     for name, p in own.named_parameters():
         if "lora_" in name:
-            gradient = theirs[name].grad
+            gradient = theirs[name.replace(".adapters.default", "")].grad
             assert gradient is not None and p.grad is not None
             torch.testing.assert_close(p.grad, gradient)
             compared += 1

@@ -143,7 +143,7 @@ def test_gradient_checkpointing(ids: Tensor) -> None:
     add_lora(model, LoRAConfig(rank=4, target=("q_proj",)))
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            nn.init.normal_(module.lora_B.weight, std=0.1)
+            nn.init.normal_(module.adapters["default"].lora_B.weight, std=0.1)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
