@@ -11,7 +11,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -351,6 +352,33 @@ def test_settings_that_are_refused(folder: Path, settings: dict[str, Any], messa
     change(folder, **settings)
     assert_refused(folder, rf"{CONFIG}|{WEIGHTS}|load_lora")
     assert_refused(folder, message)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["0", "2", "all-linear", 10**400]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(sorted(LoraConfig(r=2, target_modules=["0"]).to_dict())), VALUES, max_size=3))
+def test_any_settings_load_or_are_refused(saved: Path, folder: Path, changes: dict[str, Any]) -> None:
+    shutil.copy(saved / CONFIG, folder / CONFIG)
+    change(folder, **changes)
+    model = small_model()
+    try:
+        load_lora(model, folder)
+    except ValueError:
+        assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    else:
+        assert bool(torch.isfinite(model(torch.ones(1, 16))).all())
 
 
 def test_settings_without_effect(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
@@ -13,6 +14,12 @@ import torch
 from q_core.formats.weight_format import WEIGHT_DTYPES
 
 ALL_LINEAR = "all-linear"
+
+ENDING = r"(.*\.)?({})$"
+"""How a pattern for ranks and alphas matches the end of a name."""
+
+IN_LAYERS = r"(?:^|.*?\.)(?:{})\.(?P<index>\d+)\."
+"""How a pattern for lists of layers matches a name: the first number, as an expert's, if any, comes after the layer's."""
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -70,10 +77,10 @@ class LoRAConfig:
         _check_choice("exclude", self.exclude, may_be_empty=True)
         self._check_layers()
         for pattern, rank in _mapping("rank_pattern", self.rank_pattern).items():
-            _check_expression("rank_pattern", pattern)
+            _check_expression("rank_pattern", pattern, within=ENDING)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in _mapping("alpha_pattern", self.alpha_pattern).items():
-            _check_expression("alpha_pattern", pattern)
+            _check_expression("alpha_pattern", pattern, within=ENDING)
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))  # of its own
@@ -89,7 +96,7 @@ class LoRAConfig:
     def _check_layers(self) -> None:
         _check_names("layers_pattern", self.layers_pattern)
         for pattern in self.layers_pattern:
-            _check_expression("layers_pattern", pattern)
+            _check_expression("layers_pattern", pattern, within=IN_LAYERS)
         if self.layers is None:
             if self.layers_pattern:
                 raise ValueError(
@@ -117,7 +124,7 @@ def _check_rank(what: str, rank: object) -> None:
 
 
 def _check_alpha(what: str, alpha: object) -> None:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"LoRAConfig: {what} is {alpha!r}, expected a positive number")
 
 
@@ -135,12 +142,13 @@ def _check_names(what: str, names: object, *, also: str = "") -> None:
         raise TypeError(f"LoRAConfig: {what} is {names!r}, expected a tuple of names{also}")
 
 
-def _check_expression(what: str, pattern: object) -> None:
+def _check_expression(what: str, pattern: object, *, within: str = "{}") -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"LoRAConfig: {what} has {pattern!r}, expected a regular expression")
     try:
         re.compile(pattern)
-    except re.error as error:
+        re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"LoRAConfig: {what} {pattern!r} is not a regular expression ({error})") from error
 
 

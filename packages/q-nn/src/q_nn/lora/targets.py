@@ -11,7 +11,7 @@ from torch import nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn.lora.adapted import embeddings_of, outer_modules
-from q_nn.lora.config import ALL_LINEAR, LoRAConfig
+from q_nn.lora.config import ALL_LINEAR, ENDING, IN_LAYERS, LoRAConfig
 from q_nn.lora.layer import LoRALinear
 from q_nn.lora.saved_module import TrainedModule
 from q_nn.ties import tied_parameters
@@ -115,8 +115,7 @@ def is_meant(name: str, module: nn.Module, is_output: bool, config: LoRAConfig) 
 
 
 def _layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
-    """The first number in a name: an expert's, if any, comes after the layer's."""
-    for expression in [rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+    for expression in [IN_LAYERS.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
         if (match := re.match(expression, name)) is not None:
             return int(match["index"])
     return None
@@ -169,4 +168,4 @@ def by_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def _matches_end(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(ENDING.format(pattern), name) is not None
