@@ -69,7 +69,9 @@ def test_fused_moe(format, T, K, N, E, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("popular", [1, 400])  # tokens that choose expert 0; others share out evenly, or nearly all are one expert's
+@pytest.mark.parametrize(
+    "popular", [1, 400]
+)  # tokens that choose expert 0 for sure: the experts share evenly, or one has nearly all
 def test_more_tokens_and_pairs_than_are_taken_at_once(popular, dtype):
     T, K, N, E, k = 450, 4096, 8, 3, 2
     w13, _, dense13 = experts("dense", E, 2 * N, K, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -41,6 +41,15 @@ def make_llama() -> MakeLlama:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(96, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

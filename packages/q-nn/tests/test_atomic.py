@@ -176,6 +176,18 @@ def test_links_to_files_elsewhere_are_replaced_not_written_through(tmp_path: Pat
     assert (tmp_path / "blob").read_bytes() == b"shared"
 
 
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory in (Path(), Path("deep", "er")):
+        put(directory, OLD)
+        put(directory, NEW)
+        assert visible(directory) == NEW
+        assert not any(path.is_symlink() for path in directory.iterdir())
+    (tmp_path / "link").symlink_to("deep/er")
+    put(tmp_path / "link", OLD)
+    assert visible(Path("deep", "er")) == OLD
+
+
 def test_two_processes_wait_for_each_other(tmp_path: Path) -> None:
     put(tmp_path, OLD)
     children = []

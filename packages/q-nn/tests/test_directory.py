@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,7 +294,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"up_proj.weight has dtype uint8|unexpected keys",
     ),
-    "NaN scales": (filled(f"{UP}.nested_absmax", NAN), ValueError, f"nested_absmax of {UP} has 1 elements that are NaN"),
+    "NaN scales": (filled(f"{UP}.nested_absmax", NAN), ValueError, f"{UP}.nested_absmax has 1 scales that are NaN"),
     "NaN weight": (filled("model.norm.weight", NAN), ValueError, "model.norm.weight has 1 elements that are NaN"),
     "infinite weight": (filled("lm_head.weight", float("inf")), ValueError, "lm_head.weight has 1 elements that are NaN or inf"),
     "integers": (
@@ -405,6 +406,43 @@ def test_damaged_indexes_change_nothing(make_llama: MakeLlama, ids: Tensor, tmp_
     with pytest.raises(error, match=message):
         load_into(other, tmp_path)
     assert torch.equal(logits(other, ids), before)
+
+
+class PlainConfig:
+    """What save_pretrained wants of a config."""
+
+    def to_json_string(self) -> str:
+        return '{"model_type": "none"}'
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"])
+def test_fuzzed_files_raise_or_load(tmp_path: Path, name: str) -> None:
+    """A byte that is another one, in what describes the weights: an error of the kinds that are promised, or a whole model."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 8))
+
+    model = make()
+    quantize(model, QConfig("nf4"))
+    model.config = PlainConfig()  # type: ignore[assignment]
+    save_pretrained(model, tmp_path, max_shard_size=4000)
+    original = (tmp_path / name).read_bytes()
+    described = len(original) if name.endswith(".json") else 8 + int.from_bytes(original[:8], "little")
+    choose = random.Random(0)
+    failed = 0
+    for _ in range(150):
+        damaged = bytearray(original)
+        damaged[choose.randrange(described)] = choose.choice(b'\0"{}[],:0123459.xF\xff')
+        (tmp_path / name).write_bytes(damaged)
+        other = make()
+        before = [parameter.clone() for parameter in other.parameters()]
+        try:
+            load_into(other, tmp_path)
+        except (ValueError, TypeError, FileNotFoundError):
+            failed += 1
+            assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before, strict=True))
+            assert all(type(module) is nn.Linear for module in other)
+    assert failed > 30
 
 
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}

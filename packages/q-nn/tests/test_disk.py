@@ -242,6 +242,22 @@ def test_buffers_that_were_saved_once_are_ignored(tmp_path: Path) -> None:
     load_into(make("llama"), tmp_path / "in")
 
 
+def test_buffers_are_ignored_by_their_module(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("scale", torch.ones(2), persistent=False)
+
+    (tmp_path / "config.json").write_text("{}")
+    state = Model().state_dict()
+    save_file({**state, "scale": torch.ones(2)}, tmp_path / "model.safetensors")
+    load_into(Model(), tmp_path)
+    save_file({**state, "linear.scale": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected keys: linear.scale"):
+        load_into(Model(), tmp_path)
+
+
 def test_killed_it_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llama").save_pretrained(tmp_path / "in")
     child = os.fork()

@@ -20,8 +20,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import q_nn.hf
 import q_nn.hf.conversions
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn import QConfig, QRule, load_into, quantize, weight_bytes
+from q_nn import LinearNF4, QConfig, QRule, load_into, quantize, weight_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MakeLlama = Callable[..., LlamaForCausalLM]
 CONFIGS = [QConfig("nf4"), QConfig("fp4", blocksize=32, double_quant=False), QConfig("int8"), QConfig(skip=("lm_head", "k_proj"))]
 MIXED = QConfig("nf4", rules=(QRule(".*mlp", "fp4"), QRule("0.self_attn.v_proj", None)))
@@ -102,6 +103,33 @@ def test_several_formats_go_there_and_back_in_our_dialect(make_llama: MakeLlama,
         assert torch.equal(logits(again, ids), logits(model, ids))
         again.save_pretrained(tmp_path / "again")  # what was loaded quantized is saved as well
         alike(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QConfig("int4"),
+        QConfig("mxfp4"),
+        QConfig("nvfp4"),
+        QConfig("int8", threshold=3.0, rules=(QRule(".*mlp", "int8_weight_only"), QRule(".*embed_tokens", "nf4"))),
+        QConfig(skip=(), rules=(QRule(".*embed_tokens|lm_head", "fp4"),)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_format_goes_there_and_back(make_llama: MakeLlama, ids: Tensor, tmp_path: Path, config: QConfig, tied: bool) -> None:
+    model = make_llama(tied=tied)
+    model.save_pretrained(tmp_path / "dense")
+    quantize(model, config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    alike(loaded, model)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    alike(again, model)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    load_into(other := make_llama(tied=tied, seed=1), tmp_path / "quantized")
+    alike(other, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -274,12 +302,12 @@ def _damage(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
         config["quantization_config"]["skip"].append("q_proj")
 
     def unsaid_int8(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        other = key.replace("0", "1")
-        for part in [part for part in tensors if part.startswith(other)]:
-            del tensors[part]
-        tensors[other] = torch.zeros(192, 128, dtype=torch.int8)
-        config["quantization_config"]["rules"][0] = {"pattern": ".*(gate_proj|down_proj|0.mlp.up_proj)", "format": "fp4"}
-        config["quantization_config"]["skip"] += ["1.mlp.up_proj"]
+        for layer in (0, 1):
+            query = f"model.layers.{layer}.self_attn.q_proj.weight"
+            for part in [part for part in tensors if part.startswith(query)]:
+                del tensors[part]
+            tensors[query] = torch.zeros(128, 128, dtype=torch.int8)
+        config["quantization_config"]["skip"].append("q_proj")
 
     def unknown_key(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         config["quantization_config"]["bits"] = 3
@@ -295,7 +323,7 @@ def _damage(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
         ("lying", "shape"),
         ("dense", "says that it is quantized"),
         ("unsaid", "q_proj.weight *\\| MISMATCH"),
-        ("unsaid_int8", "holds model.layers.1.mlp.up_proj.weight quantized, as torch.int8, but config.json doesn't say so"),
+        ("unsaid_int8", "holds model.layers.0.self_attn.q_proj.weight quantized, as torch.int8, but config.json doesn't say so"),
         ("unknown_key", r"unknown keys \['bits'\]"),
     ],
 )
@@ -336,7 +364,18 @@ def run(code: str, *arguments: object) -> str:
 
 
 def test_importing_q_nn_imports_neither_transformers_nor_peft() -> None:
-    run("import q_nn, sys; q_nn.QConfig().quant_method; assert not {'transformers', 'peft'} & set(sys.modules)")
+    code = """
+import sys
+import q_nn
+assert q_nn.QConfig().quant_method == "q_nn"
+assert not {"transformers", "peft", "accelerate"} & set(sys.modules)
+sys.modules["transformers"] = None  # as if it weren't installed
+try:
+    import q_nn.hf
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'q-nn[hf]'" in run(code)
 
 
 def test_a_fresh_process_reads_our_dialect_without_bitsandbytes(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
@@ -368,3 +407,24 @@ q_nn.hf.serve_bitsandbytes()
 check(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/theirs"), "theirs")
 """
     run(code, tmp_path)
+
+
+def test_hooks_of_accelerate_move_with_the_modules() -> None:
+    """Where a model is shared out among devices, they bring inputs along; they are there before our modules are."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    from q_nn.hf.hooks import move_hook
+
+    class Doubling(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: nn.Module, *inputs: Tensor, **named: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+            return tuple(2 * tensor for tensor in inputs), named
+
+    old, x = nn.Linear(64, 8), torch.randn(3, 64)
+    new = LinearNF4.from_linear(old)
+    expected = new(2 * x)
+    move_hook(old, new)
+    assert not torch.equal(new(x), expected)
+    add_hook_to_module(old, Doubling())
+    move_hook(old, new)
+    assert torch.equal(new(x), expected)
+    assert torch.equal(old(x), nn.functional.linear(x, old.weight, old.bias))

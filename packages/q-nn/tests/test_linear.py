@@ -36,7 +36,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    make=st.sampled_from(LAYERS),
+    make=st.sampled_from([make for make in LAYERS if not getattr(make(1, 1), "threshold", 0)]),  # outliers: test_linear8bit.py
     N=st.integers(1, 40),
     K=st.integers(1, 150),
     leading=st.sampled_from([(), (0,), (1,), (3,), (2, 3)]),
@@ -47,8 +47,8 @@ def test_any_shape_is_right(make: Make, N: int, K: int, leading: tuple[int, ...]
     x = torch.randn(*leading, K)
     out = layer(x)
     if isinstance(layer, Linear8bitLt):
-        q, absmax, outliers = ops.quantize_int8_rowwise(x, threshold=layer.threshold)
-        x = torch.where(outliers, x, q * (absmax / 127).unsqueeze(-1))
+        q, absmax, _ = ops.quantize_int8_rowwise(x)
+        x = q * (absmax / 127).unsqueeze(-1)
     torch.testing.assert_close(out, F.linear(x, dequantized(layer), layer.bias))
 
 

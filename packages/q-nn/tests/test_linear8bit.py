@@ -256,7 +256,7 @@ def test_a_trained_layer_is_a_plain_one_to_everybody_else() -> None:
     frozen.load_state_dict(fresh.state_dict())  # quantized as it loads
     assert isinstance(frozen.weight, QuantizedTensor)
     report = quantize(nn.Sequential(layer, nn.Linear(8, 8)), QConfig("nf4"))
-    assert "Linear8bitLt is not nn.Linear" in {kept.reason for kept in report.kept}
+    assert any("subclass" in kept.reason and kept.name == "0.weight" for kept in report.kept)
 
 
 def test_adapters_beside_a_dense_weight() -> None:
@@ -357,7 +357,7 @@ def test_planted_outliers_in_a_model(build: Callable[[], tuple[PreTrainedModel, 
         for linear in linears:
             linear.weight[:, columns] /= 60
     quantized, ids = copy.deepcopy(model), torch.randint(96, (2, 24))
-    quantize(quantized, QConfig("int8"))
+    quantize(quantized, QConfig("int8", threshold=0.0))
     layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, Linear8bitLt)}
     exact = model.double()
     for name, layer in layers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn import LoRAConfig, LoRALinear, QConfig, add_lora, quantize
+from q_nn import LoRAConfig, LoRALinear, QConfig, add_lora, disable_lora, merge_lora, quantize, set_lora
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
-formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int8"])
+formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int4", "mxfp4", "nvfp4", "int8", "int8_weight_only"])
 kinds = pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}], ids=str)
 
 
@@ -43,7 +44,7 @@ def layer_with(config: LoRAConfig, fill: Fill, format: Any = None, *, bias: bool
 
 
 @kinds
-@pytest.mark.parametrize("format", [None, "nf4", "fp4"])
+@pytest.mark.parametrize("format", [None, "nf4", "fp4", "mxfp4", "int8_weight_only"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_equals_the_definition_in_float64(kind: Any, format: Any, bias: bool, fill: Fill) -> None:
     """LoRA: x (W + s B A)ᵀ + b. DoRA: the rows of W + s B A at the lengths that were learned."""
@@ -267,6 +268,27 @@ def test_compiled_training_step_in_one_graph(dora: bool, format: Any, fill: Fill
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).pow(2).sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in layer.adapters.parameters()], expected)
+
+
+def test_compiled_code_follows_the_choice_of_adapters(fill: Fill) -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(5, 16)
+    add_lora(model, LoRAConfig(rank=2, target=("0",), modules_to_save=("2",)), name="a")
+    add_lora(model, LoRAConfig(rank=2, target=("0", "2"), exclude=("2",)), name="b")
+    fill(model)
+    nn.init.normal_(model[2].adapters["a"].weight)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    seen = []
+    for names in (("a",), ("b",), ("a", "b"), ("a",)):
+        set_lora(model, names)
+        seen.append(model(x))
+        torch.testing.assert_close(compiled(x), seen[-1])
+        with disable_lora(model):
+            torch.testing.assert_close(compiled(x), model(x))
+    merge_lora(model, reversible=True)
+    torch.testing.assert_close(compiled(x), seen[-1])
+    assert not any(torch.allclose(one, other) for one, other in itertools.pairwise(seen))
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from q_core.formats.quantized_tensor import QuantizedTensor
 from q_nn import (
     Linear4bit,
+    Linear8bitLt,
     LoRAConfig,
     LoRALinear,
     QConfig,
@@ -36,7 +38,8 @@ from q_nn.lora import TrainedModule
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
-formats = pytest.mark.parametrize("format", [None, "nf4", "fp4", "int8"])
+FORMATS = [None, "nf4", "fp4", "int4", "nvfp4", "int8", "int8_weight_only"]
+formats = pytest.mark.parametrize("format", FORMATS)
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -133,6 +136,20 @@ def test_what_can_not_be_adapted_is_refused(settings: dict[str, Any], message: s
     assert_unchanged(model, before)
 
 
+def test_a_model_that_does_not_know_its_embeddings() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError  # as transformers does for some
+
+    model = Model()
+    add_lora(model, LoRAConfig())
+    assert adapted(model) == {"layer"}
+
+
 def test_conv1d_of_gpt2_is_refused_by_name() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16))
     with pytest.raises(ValueError, match=r"means transformer.h.0.attn.c_attn, which is Conv1D"):
@@ -206,6 +223,15 @@ def test_what_takes_bare_models_refuses_adapted_ones(make_llama: MakeLlama, tmp_
 def test_config_is_checked(settings: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(settings))):
         LoRAConfig(**settings)
+
+
+def test_config_is_a_value() -> None:
+    ranks = {"a": 2}
+    config = LoRAConfig(rank_pattern=ranks)
+    same = LoRAConfig(rank_pattern={"a": 2})
+    ranks["a"] = 3
+    assert config == same != LoRAConfig(rank_pattern=ranks)
+    assert hash(config) == hash(same)
 
 
 # --- several adapters -----------------------------------------------------------------------------------------------------
@@ -425,25 +451,61 @@ def test_reversible_merge(make_llama: MakeLlama, ids: Tensor, fill: Fill, format
 
 def test_settings_of_an_int8_layer_stay_when_merged(fill: Fill) -> None:
     model = nn.Sequential(nn.Linear(64, 32))
-    quantize(model, QConfig("int8"))
-    model[0].activations = "native"
+    quantize(model, QConfig("int8", threshold=6.0))
     add_lora(model, LoRAConfig())
     fill(model)
     merge_lora(model, reversible=True)
-    assert model[0].merged_layer.activations == "native"
+    assert model[0].merged_layer.threshold == 6.0
     unmerge_lora(model)
     merge_lora(model)
-    assert model[0].activations == "native"
+    assert model[0].threshold == 6.0
+
+
+def test_a_base_with_weights_of_its_own_to_train(fill: Fill) -> None:
+    """LLM.int8() of dense weights, which adapters freeze."""
+    model = nn.Sequential(Linear8bitLt(64, 32, has_fp16_weights=True)).eval()
+    base = model[0].weight.detach().clone()
+    add_lora(model, LoRAConfig())
+    fill(model)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    expected.sum().backward()
+    assert model[0].weight.grad is None
+    merge_lora(model, reversible=True)
+    torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
+    assert model[0].merged_layer.has_fp16_weights
+    unmerge_lora(model)
+    assert torch.equal(model(x), expected) and torch.equal(model[0].weight, base)
 
 
 def test_merging_adds_the_active_adapters_alone(fill: Fill) -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8), Linear4bit(8, 5)).eval()
+    untouched = model[2].weight.dequantize()
     x = torch.randn(3, 64)
-    for name, target in (("a", "all-linear"), ("b", ("0",)), ("c", ("1",))):
+    for name, target in (("a", ("0", "1")), ("b", "all-linear"), ("c", ("1",))):
         add_lora(model, LoRAConfig(target=target), name=name)
     fill(model)
     set_lora(model, ("a", "c"))
     expected = model(x)
+    merge_lora(model, reversible=True)
+    torch.testing.assert_close(model(x), expected)
+    assert model[2].merged_layer is None
+    unmerge_lora(model)
+    merge_lora(model)
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model[2].weight.dequantize(), untouched)
+
+
+def test_a_base_whose_forward_was_replaced(fill: Fill) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).eval()
+    add_hook_to_module(model[1], AlignDevicesHook(io_same_device=True))
+    add_lora(model, LoRAConfig())
+    fill(model)
+    x = torch.randn(3, 64)
+    before, expected = snapshot(model), model(x)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        merge_lora(model, reversible=True)
+    assert_unchanged(model, before)
     merge_lora(model)
     torch.testing.assert_close(model(x), expected)
 

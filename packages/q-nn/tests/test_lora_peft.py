@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -27,6 +31,7 @@ from q_nn import (
     set_lora,
 )
 from q_nn.lora.peft_config import WITHOUT_EFFECT
+from q_nn.lora.targets import by_pattern, is_meant
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 Fill = Callable[[nn.Module], None]
@@ -168,14 +173,11 @@ def test_several_adapters_both_ways(make_llama: MakeLlama, ids: Tensor, fill: Fi
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8_weight_only"])
 def test_over_a_quantized_base(make_llama: MakeLlama, ids: Tensor, fill: Fill, format: Any, dora: bool, tmp_path: Path) -> None:
     """An adapter that was trained over a quantized base is the same over the weights that it decodes to, in PEFT."""
     model = make_llama()
     quantize(model, QConfig(format))
-    for module in model.modules():
-        if hasattr(module, "activations"):
-            module.activations = "native"
     add_lora(model, LoRAConfig(rank=4, dora=dora))
     fill(model)
     save_lora(model, tmp_path)
@@ -188,9 +190,6 @@ def test_over_a_quantized_base(make_llama: MakeLlama, ids: Tensor, fill: Fill, f
     again = make_llama()
     quantize(again, QConfig(format))
     load_lora(again, tmp_path)
-    for module in again.modules():
-        if hasattr(module, "activations"):
-            module.activations = "native"
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
@@ -229,6 +228,34 @@ def test_a_name_that_ends_another_is_written_as_an_expression(fill: Fill, tmp_pa
     other.load_state_dict({name.replace("base_layer.", ""): t for name, t in model.state_dict().items() if "adapters" not in name})
     x = torch.randn(3, 8)
     torch.testing.assert_close(PeftModel.from_pretrained(other, tmp_path)(x), model(x))
+
+
+PARTS = st.sampled_from(["a", "b", "ab", "layers", "h", "0", "1", "12"])
+NAMES = st.lists(PARTS, min_size=1, max_size=5).map(".".join)
+CHOICES = st.lists(NAMES, min_size=1, max_size=2).map(tuple) | st.sampled_from([r".*\.a", r"(.*\.)?b", r"layers\..*", "a|b"])
+
+
+@given(
+    name=NAMES, target=CHOICES, exclude=st.just(()) | CHOICES, layers=st.none() | st.sampled_from([(0,), (1, 12)]), data=st.data()
+)
+def test_names_mean_what_they_mean_in_peft(name: str, target: Any, exclude: Any, layers: Any, data: st.DataObject) -> None:
+    if isinstance(target, str):
+        layers = None
+    pattern = data.draw(st.just(()) | st.sampled_from([("layers",), ("h", "layers")])) if layers else ()
+    ours = LoRAConfig(target=target, exclude=exclude, layers=layers, layers_pattern=pattern)
+    theirs = LoraConfig(
+        target_modules=list(target) if isinstance(target, tuple) else target,
+        exclude_modules=list(exclude) if isinstance(exclude, tuple) else exclude,
+        layers_to_transform=list(layers) if layers else None,
+        layers_pattern=list(pattern) or None,
+    )
+    assert is_meant(name, nn.Linear(1, 1), False, ours) == bool(check_target_module_exists(theirs, name))
+
+
+@given(name=NAMES, patterns=st.lists(NAMES | st.sampled_from([".*", r"layers\.\d+\..*", "a|b"]), unique=True, max_size=3))
+def test_patterns_mean_what_they_mean_in_peft(name: str, patterns: list[str]) -> None:
+    ranks = {pattern: rank for rank, pattern in enumerate(patterns)}
+    assert by_pattern(name, ranks, -1) == ranks.get(get_pattern_key(patterns, name), -1)
 
 
 # --- files that lie -------------------------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_embeddings_that_are_more_than_a_table(make: Callable[[nn.Embedding], nn
         make(Scaled(8, 32))
     for setting in ({"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
         (name,) = setting
-        with pytest.raises(ValueError, match=f"from_embedding: embedding.{name} is .*expected"):
+        with pytest.raises(ValueError, match=f"from_embedding: embedding can't be quantized: its {name} is .*expected"):
             make(nn.Embedding(8, 32, **setting))
         with pytest.raises(TypeError, match=name):
             Embedding8bit(8, 32, **setting)

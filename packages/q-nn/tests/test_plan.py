@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from q_nn import (
+    Embedding8bit,
     FourBit,
     Int8Rows,
+    Linear8bitLt,
+    LinearInt8,
     QConfig,
     QRule,
     QuantizedExperts,
@@ -65,6 +68,11 @@ def test_each_module_gets_what_its_rule_says(make_llama: MakeLlama, ids: Tensor)
         "int8, weight only",
         "int8, threshold 0",
     }
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (type(head), type(embedding)) == (LinearInt8, Embedding8bit)
+    rounding = model.get_submodule("model.layers.1.self_attn.v_proj")
+    assert isinstance(rounding, Linear8bitLt)
+    assert rounding.threshold == 0
     assert torch.isfinite(model(ids).logits).all()
 
 
@@ -85,15 +93,18 @@ def test_rules_that_mean_nothing_are_refused(make_llama: MakeLlama, settings: di
     assert not formats_of(model)
 
 
-def test_tied_weights_are_quantized_together_if_rules_mean_all(make_llama: MakeLlama, ids: Tensor) -> None:
-    both = (QRule("lm_head", "int8_weight_only"), QRule("embed_tokens", "int8"))
+@pytest.mark.parametrize(
+    ("format", "other"), [("int8_weight_only", "int8"), ("nf4", "nf4"), ("nvfp4", "nvfp4")]
+)  # LLM.int8() or not, the weight is the same
+def test_tied_weights_are_quantized_together_if_rules_mean_all(make_llama: MakeLlama, ids: Tensor, format: Any, other: Any) -> None:
+    both = (QRule("lm_head", format), QRule("embed_tokens", other))
     model = make_llama(tied=True)
     dense = model.lm_head.weight.detach().clone()
     before = weight_bytes(model)
     report = quantize(model, QConfig(rules=both))
     weight = model.lm_head.weight
     assert weight is model.model.embed_tokens.weight
-    assert torch.equal(weight.dequantize(), QuantizedTensor.quantize(dense, Int8Rows()).dequantize())
+    assert torch.equal(weight.dequantize(), QuantizedTensor.quantize(dense, weight.format).dequantize())
     (entry,) = [layer for layer in report.quantized if layer.tied]
     assert (entry.name, entry.tied, entry.bytes_before) == ("model.embed_tokens", ("lm_head",), dense.nbytes)
     assert (report.bytes_before, report.bytes_after) == (before, weight_bytes(model))
@@ -204,7 +215,7 @@ def test_one_module_by_itself() -> None:
     assert quantized.bias is linear.bias
     on_meta = quantize_module("a", nn.Linear(64, 32, device="meta"), rule)
     on_meta.load_state_dict(quantized.state_dict(), assign=True)
-    assert torch.equal(on_meta.weight.dequantize(), quantized.weight.dequantize())  # type: ignore[operator, union-attr]
+    assert torch.equal(on_meta.weight.dequantize(), quantized.weight.dequantize())  # type: ignore[operator]
     with torch.no_grad():
         linear.weight[1, 1] = float("inf")
     with pytest.raises(ValueError, match=r"quantize: a.weight: .* 1 of 2048 elements are NaN or infinite"):

@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn import Linear8bitLt, LinearFP4, LinearNF4, QConfig, quantize, weight_bytes
+from q_nn import Linear4bit, Linear8bitLt, LinearFP4, LinearInt8, LinearNF4, QConfig, quantize, weight_bytes
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 
 
-@pytest.mark.parametrize(("format", "layer"), [("nf4", LinearNF4), ("fp4", LinearFP4), ("int8", Linear8bitLt)])
+@pytest.mark.parametrize(
+    ("format", "layer"),
+    [
+        ("nf4", LinearNF4),
+        ("fp4", LinearFP4),
+        ("int4", Linear4bit),
+        ("mxfp4", Linear4bit),
+        ("nvfp4", Linear4bit),
+        ("int8", Linear8bitLt),
+        ("int8_weight_only", LinearInt8),
+    ],
+)
 def test_a_llama(make_llama: MakeLlama, ids: Tensor, format: Any, layer: type[nn.Linear]) -> None:
     model = make_llama()
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -101,7 +112,7 @@ def test_bad_weights_are_named_before_anything_changes(make_llama: MakeLlama, ba
 def test_models_that_cannot_be_quantized() -> None:
     with pytest.raises(ValueError, match="meta device"):
         quantize(nn.Sequential(nn.Linear(64, 64, device="meta")), QConfig())
-    with pytest.raises(ValueError, match="from_linear"):
+    with pytest.raises(ValueError, match="use quantize_module"):
         quantize(nn.Linear(64, 64), QConfig())
     with pytest.raises(ValueError, match="nothing to quantize"):
         quantize(nn.Sequential(nn.Conv2d(3, 3, 3)), QConfig())

@@ -71,7 +71,7 @@ def test_rows_of_zeros_and_of_tiny_numbers(format: ScaledRows) -> None:
 
 
 @formats
-@pytest.mark.parametrize("shape", [(5, 12), (3, 5, 12), (0, 5, 12), (3, 0, 12)])
+@pytest.mark.parametrize("shape", [(5, 12), (3, 5, 12), (2, 3, 5, 12), (0, 5, 12), (3, 0, 12)])
 def test_copies_slices_and_checkpoints(format: ScaledRows, shape: tuple[int, ...]) -> None:
     weight = QuantizedTensor.quantize(random(*shape), format)
     dense = weight.dequantize()

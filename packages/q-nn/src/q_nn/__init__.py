@@ -32,6 +32,7 @@ from q_nn.lora import (
     unmerge_lora,
 )
 from q_nn.memory import MemoryReport, MemoryRow, memory_report, weight_bytes
+from q_nn.outlier_aware import OutlierAwareLinear, observe_outliers
 from q_nn.peak import PeakMemory, measure_peak
 from q_nn.plan import PlannedLayer, QuantizePlan, plan_quantization
 from q_nn.quantize import quantize
@@ -66,6 +67,7 @@ __all__ = [
     "LoRALinear",
     "MemoryReport",
     "MemoryRow",
+    "OutlierAwareLinear",
     "PeakMemory",
     "PlannedLayer",
     "QConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "measure_peak",
     "memory_report",
     "merge_lora",
+    "observe_outliers",
     "plan_quantization",
     "prepare",
     "prepare_ddp",

@@ -103,7 +103,7 @@ def _switch(directory: Path, stage: Path, present: set[str], coming: set[str]) -
     _sync(stage / "old")
     _sync(stage)
     for name in present | coming:
-        _link(stage, now.relative_to(directory) / name, directory / name)
+        _link(stage, Path(stage.name, "now", name), directory / name)
     _sync(directory)
     _link(stage, Path("new"), now)
     _sync(stage)

@@ -20,6 +20,7 @@ from q_core.formats.quantized_tensor import QuantizedTensor
 from q_core.formats.weight_format import WeightFormat
 from q_nn.describe import describe, quantized_weights
 from q_nn.linear8bit import Linear8bitLt, check_threshold
+from q_nn.outlier_aware import OutlierAwareLinear
 from q_nn.patterns import check_patterns, matching
 
 _QUANT_TYPES = ("nf4", "fp4")
@@ -103,6 +104,8 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
     Raises:
         ValueError: a weight is held in a way that neither has words for.
     """
+    if aware := [name for name, module in model.named_modules() if isinstance(module, OutlierAwareLinear)]:
+        raise ValueError(f"save_pretrained: {aware[0]} is an OutlierAwareLinear, which config.json can't say; save the state dict")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantized = {
         name: layer

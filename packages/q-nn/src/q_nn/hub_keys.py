@@ -85,8 +85,11 @@ def conversions(
 def is_ignored(model: nn.Module, key: str) -> bool:
     """Whether a checkpoint may hold a tensor that the model doesn't want: buffers that were saved once, and what its class declares."""
     for name, module in model.named_modules():
-        if any(key.endswith(f"{name.rpartition('.')[2]}.{buffer}") for buffer in module._non_persistent_buffers_set):
-            return True
+        for buffer in module._non_persistent_buffers_set:
+            # Those of older models are in other modules, of the same name.
+            known = f"{name.rpartition('.')[2]}.{buffer}" if name else buffer
+            if key == known or (name and key.endswith(f".{known}")):
+                return True
     return any(re.search(pattern, key) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 

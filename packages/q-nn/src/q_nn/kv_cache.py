@@ -46,13 +46,17 @@ def kv_cache_of(config: Any) -> KVCache | str:
     if field := next((field for field in _UNUSUAL if getattr(text, field, None)), None):
         return f"the model keeps something else than keys and values of all heads ({field} is {getattr(text, field)})"
     heads = getattr(text, "num_attention_heads", None)
-    layers = getattr(text, "num_hidden_layers", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    sizes = (layers, kv_heads, getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None))
-    if not all(type(size) is int and size > 0 for size in sizes):
+    said = (
+        getattr(text, "num_hidden_layers", None),
+        getattr(text, "num_key_value_heads", None) or heads,
+        getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None),
+    )
+    sizes = [size for size in said if isinstance(size, int) and size > 0]
+    if len(sizes) < len(said):
         return "its config doesn't say how many heads of which size are kept"
+    layers, kv_heads, head_dim = sizes
     windows = _windows(text, layers)
-    return windows if isinstance(windows, str) else KVCache(windows, sizes[1], sizes[2])
+    return windows if isinstance(windows, str) else KVCache(windows, kv_heads, head_dim)
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...] | str:

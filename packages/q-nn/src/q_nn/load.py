@@ -32,8 +32,8 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Load the weights of a Hugging Face directory, quantized or not, into a model built from its config.
 
     Modules that the config says are quantized are swapped first (:func:`q_nn.replace_linears`; :class:`q_nn.QConfig` for our own dialect).
-    Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU. Tied
-    parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
+    Parameters are replaced, not copied into: they keep the model's dtype and device, but on the meta device they come alive on the CPU.
+    Tied parameters stay tied. Keys that transformers 5 renames, and tensors an expert that it stacks, are read as it reads them.
     What GPTQ, AWQ or compressed-tensors quantized is read by :func:`q_nn.load_foreign`.
 
     Tensors are read one at a time, and the model is changed when all of them are there. So the peak is the new weights beside the old ones,
@@ -70,7 +70,6 @@ def load_into(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of a tensor in it, and the tensor that is there now."""
-
 
 Swaps = dict[str, tuple[nn.Module, nn.Module]]
 """Modules and what is to take their places, by name."""
@@ -185,8 +184,6 @@ def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:
             raise ValueError(f"load_into: {key} is held as {value.format}, expected what {type(module).__name__} takes")
         if value.shape != target.shape:
             raise ValueError(f"load_into: {key} has shape {list(value.shape)}, expected {list(target.shape)}")
-        for own, component in value.components.items():
-            check_finite("load_into", f"{own} of {key}", component)
         value = value.to(target.dtype)
     else:
         value = state[key].to(target.dtype)
@@ -199,7 +196,7 @@ def _value(key: str, slot: Slot, checkpoint: Checkpoint) -> Tensor:
 
 @torch.no_grad()
 def check_finite(what: str, name: str, tensor: Tensor) -> None:
-    """Refuse a weight, or the scales of one, with elements that are NaN or infinite."""
+    """Refuse a dense weight with elements that are NaN or infinite."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(

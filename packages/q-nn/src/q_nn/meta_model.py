@@ -59,7 +59,8 @@ def _build(transformers: Any, config: Any, architectures: object) -> Any:
         raise ValueError(
             f"architectures is {json.dumps(architectures)}, expected a model class of transformers {transformers.__version__}"
         )
-    return found._from_config(config)
+    model_class: Any = found
+    return model_class._from_config(config)
 
 
 def _dtype(path: Path, description: dict[str, Any]) -> torch.dtype:

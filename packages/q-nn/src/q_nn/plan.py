@@ -74,7 +74,7 @@ def _decide(modules: Mapping[str, nn.Module], config: QConfig) -> tuple[dict[str
         reason = refusal(module, rule or config.default_rule)
         kind = kind_of(module)
         if reason is None and not name:
-            reason = "the model itself is the layer, so that nothing can hold another in its place; use from_linear"
+            reason = "the model itself is the layer, so that nothing can hold another in its place; use quantize_module"
         elif kind is not None and rule is not None and rule.format is None:
             reason = f"left by the rule for {rule}"
         elif kind is not None and rule is None and (pattern := config.skip_for(name)) is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from q_core.formats.four_bit import FourBit
 from q_core.formats.fp8_rows import Fp8Rows
+from q_core.formats.quantized_tensor import all_finite
 from q_nn.config import QConfig
 from q_nn.convert import LINEAR, quantize_weights, rebuild
 from q_nn.lora.adapted import refuse_adapted
@@ -113,13 +114,6 @@ def _check_weights(model: nn.Module, layer: PlannedLayer) -> None:
         name = f"{layer.names[0]}.{own}"
         if weight.is_meta:
             raise ValueError(f"quantize: {name} is on the meta device, expected real values; load the model first")
-        if weight.numel() and not _all_finite(weight):
+        if not all_finite(weight):
             count = int((~torch.isfinite(weight)).sum())
             raise ValueError(f"quantize: {name} has {count} elements that are NaN or infinite, expected finite ones")
-
-
-@torch.no_grad()
-def _all_finite(weight: Tensor) -> bool:
-    # Its extremes say it without a mask as large as the weight.
-    lowest, highest = torch.aminmax(weight)
-    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -24,6 +24,9 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -33,7 +36,8 @@ class Weights:
     """What a directory's model.safetensors holds, or the files that its index names, by key.
 
     Each tensor is read when it is asked for, into memory of its own: a file that a model maps could not be written again. All files are
-    opened at once, so that later changes of the directory don't matter, and let go when the last of their tensors was read.
+    opened at once, so that later changes of the directory don't matter, and let go when the last of their tensors was read. Until then what
+    was read of a file is mapped: memory that the system takes back when it is short of it.
 
     Attributes:
         headers: all tensors on the meta device.

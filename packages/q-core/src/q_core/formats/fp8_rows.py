@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,13 +27,21 @@ class Fp8Rows(ScaledRows):
     peak: ClassVar[float] = 448.0
 
     def encode(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        wide = dense.float()
-        absmax = wide.abs().amax(-1) if dense.shape[-1] else wide.new_zeros(dense.shape[:-1])
-        row = absmax.unsqueeze(-1)
+        codes = torch.empty(dense.shape, dtype=self.code_dtype, device=dense.device)
+        absmax = torch.empty(dense.shape[:-1], dtype=torch.float32, device=dense.device)
+        # One matrix after the other: in float32, a stack of experts would take several times what it takes itself.
+        for index in itertools.product(*map(range, dense.shape[:-2])):
+            wide = dense[index].float()
+            largest = wide.abs().amax(-1) if wide.numel() else absmax[index].zero_()
+            absmax[index] = largest
+            codes[index] = self._scaled(wide, largest.unsqueeze(-1)).to(self.code_dtype)
+        return codes, absmax
+
+    def _scaled(self, wide: Tensor, row: Tensor) -> Tensor:
         factor = self.peak / row
         # Dividing first where the factor is more than float32 holds; a row of zeros has codes of zero.
         scaled = torch.where(torch.isfinite(factor), wide * factor, wide / torch.where(row > 0, row, 1.0) * self.peak)
-        return scaled.clamp(-self.peak, self.peak).to(self.code_dtype), absmax
+        return scaled.clamp_(-self.peak, self.peak)
 
     def linear(self, x_TK: Tensor, resolved: Components, shape: Sequence[int], bias: Tensor | None, layout: str) -> Tensor:
         return ops.gemm(x_TK, self.dequantize(resolved, shape, x_TK.dtype), bias=bias)

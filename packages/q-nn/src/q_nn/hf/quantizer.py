@@ -31,6 +31,7 @@ from q_nn.hf.dense import dense_module
 from q_nn.hf.hooks import move_hook
 from q_nn.hf.plan import Plan, plan
 from q_nn.hf_config import BitsAndBytesConfig
+from q_nn.save import tensors_by_module
 from q_nn.state_hooks import accepts
 
 _FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -160,11 +161,12 @@ class QnnQuantizer(HfQuantizer):
 
     # --- saving, and going back -------------------------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """Bring config.json up to date, before it is written: layers may have been merged, added, dequantized."""
-        if not getattr(model, "_hf_peft_config_loaded", False):
-            model.config.quantization_config = described(model)
-        return None, {}
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What to write, each tied weight once; and bring config.json up to date: layers may have been merged, or replaced."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers asks the model for its adapters
+        model.config.quantization_config = described(model)
+        return {key: tensor for group in tensors_by_module(model).values() for key, tensor in group.items()}, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """``model.dequantize()``: dense layers, as the quantized ones decode."""

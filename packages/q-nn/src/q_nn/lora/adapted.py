@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import nn
 
@@ -42,6 +43,16 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """The places by name."""
     return {name: module for name, module in outer_modules(model) if isinstance(module, Adapted)}
+
+
+def embeddings_of(model: nn.Module, end: Literal["input", "output"]) -> nn.Module | None:
+    """What a transformers model says its embeddings or its output layer are, if it is one and says so."""
+    getter = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        found = None if getter is None else getter()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def refuse_adapted(operation: str, model: nn.Module) -> None:

@@ -53,8 +53,8 @@ class LoRAConfig:
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -75,6 +75,8 @@ class LoRAConfig:
         for pattern, alpha in _mapping("alpha_pattern", self.alpha_pattern).items():
             _check_expression("alpha_pattern", pattern)
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name)))  # of its own
         for name in ("rslora", "dora"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"LoRAConfig: {name} is {getattr(self, name)!r}, expected True or False")

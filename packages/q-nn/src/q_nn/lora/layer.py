@@ -15,6 +15,9 @@ from q_nn.lora.adapter import Adapter, decoded
 from q_nn.lora.config import LoRAConfig
 from q_nn.sharded import refuse_sharded
 
+DEFAULT = "default"
+"""The name of an adapter that isn't given one."""
+
 MERGE_WHOLE = "load what torch's get_model_state_dict gives with full_state_dict=True into one, and merge there"
 
 
@@ -27,27 +30,17 @@ class LoRALinear(Adapted):
 
     Args:
         base: the layer, quantized or not.
-        config: of the first adapter; what it says of targets plays no part.
-        name: of the first adapter, which is active.
-        rank, alpha: of the first adapter, those of ``config`` if not given.
+        config: of a first adapter, which is active and named "default"; what it says of targets and patterns plays no part.
     """
 
     base_layer: nn.Linear
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        config: LoRAConfig,
-        *,
-        name: str = "default",
-        rank: int | None = None,
-        alpha: float | None = None,
-    ) -> None:
-        adapter = Adapter(base, config, rank=rank or config.rank, alpha=alpha or config.alpha)
+    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
+        adapter = Adapter(base, config, rank=config.rank, alpha=config.alpha)
         self._init_around(base)
         base.requires_grad_(False)
-        self.adapters[name] = adapter.train(base.training)
-        self.active = (name,)
+        self.adapters[DEFAULT] = adapter.train(base.training)
+        self.active = (DEFAULT,)
 
     @classmethod
     def _around(cls, base: nn.Linear) -> LoRALinear:
@@ -128,23 +121,28 @@ class LoRALinear(Adapted):
         """
         refuse_sharded("LoRALinear.merged", self, MERGE_WHOLE)
         weight = self.base_layer.weight
-        merged = self.merged_weight().to(weight.dtype)
         if dense and isinstance(weight, QuantizedTensor):
-            return _dense_layer(self.base_layer, merged)
-        weight.copy_(merged)
+            return _dense_layer(self.base_layer, self.merged_weight().to(weight.dtype))
+        if self.taking_part():  # else a quantized weight would be rounded anew for nothing
+            weight.copy_(self.merged_weight().to(weight.dtype))
         return self.base_layer
 
     @torch.no_grad()
     def merge(self, *, dense: bool = False) -> None:
         """Let a layer with the active adapters added do the work until :meth:`unmerge`; the base isn't touched.
 
+        Without active adapters there is nothing to do.
+
         Args:
             dense: as :meth:`merged` takes it.
 
         Raises:
-            ValueError: the layer is sharded.
+            ValueError: the layer is sharded, or the base's forward was replaced, as by accelerate's hooks.
         """
         refuse_sharded("LoRALinear.merge", self, MERGE_WHOLE)
+        if not self.taking_part():
+            return
+        self.check_may_merge()
         base, weight = self.base_layer, self.base_layer.weight
         merged = self.merged_weight().to(weight.dtype)
         if isinstance(weight, QuantizedTensor) and dense:
@@ -155,6 +153,14 @@ class LoRALinear(Adapted):
         else:
             layer = _twin(base, merged)
         self.merged_layer = _unsaved(layer).train(self.training)
+
+    def check_may_merge(self) -> None:
+        """Refuse a base that computes with its own weight whatever class it is of."""
+        if "forward" in self.base_layer.__dict__:
+            raise ValueError(
+                "LoRALinear.merge: the base's forward was replaced, as accelerate's hooks do, and would go on without the adapters; "
+                "remove the hooks first, or merge for good"
+            )
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`."""

@@ -29,11 +29,15 @@ def merge_lora(model: nn.Module, *, dense: bool = False, reversible: bool = Fals
 
     Raises:
         ValueError: the model has no adapters, or they are disabled or merged already, or none is active, or a weight would not be finite,
-            or the model is sharded; nothing is changed then.
+            or a base's forward was replaced and the merge is to be reversible, or the model is sharded; nothing is changed then.
     """
     refuse_sharded("merge_lora", model, MERGE_WHOLE)
     places = adapted_modules(model)
     _check(places)
+    if reversible:
+        for place in places.values():
+            if isinstance(place, LoRALinear):
+                place.check_may_merge()
     for place in places.values():
         if reversible:
             if isinstance(place, LoRALinear):
@@ -78,6 +82,8 @@ def _check(places: dict[str, Adapted]) -> None:
             continue
         if place.merged_layer is not None:
             raise ValueError("merge_lora: the adapters are merged already; call unmerge_lora(model) first")
+        if not place.taking_part():
+            continue
         for adapter in place.taking_part():
             if not all(bool(torch.isfinite(parameter).all()) for parameter in place.adapters[adapter].parameters()):
                 raise ValueError(f"merge_lora: an adapter of {name} has elements that are NaN or infinite, expected finite ones")

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from q_nn.layers import replace_module
-from q_nn.lora.adapted import Adapted, adapted_modules
+from q_nn.lora.adapted import Adapted, adapted_modules, embeddings_of
 from q_nn.lora.adapter import Adapter
 from q_nn.lora.config import LoRAConfig
-from q_nn.lora.layer import LoRALinear
+from q_nn.lora.layer import DEFAULT, LoRALinear
 from q_nn.lora.saved_module import TrainedModule
 from q_nn.lora.targets import Plan, check_patterns_used, plan_adapter
 from q_nn.sharded import refuse_sharded
-
-DEFAULT = "default"
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, name: str = DEFAULT) -> list[nn.Parameter]:
@@ -85,8 +83,8 @@ def attach(model: nn.Module, plan: Plan, built: dict[str, nn.Module], name: str,
         place.adapters[name] = built[each]
     set_lora(model, name, trainable=trainable)
     enable_lora(model)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if isinstance(embeddings, nn.Module) and _require_grad not in embeddings._forward_hooks.values():
+    embeddings = embeddings_of(model, "input")
+    if embeddings is not None and _require_grad not in embeddings._forward_hooks.values():
         embeddings.register_forward_hook(_require_grad)
     return [parameter for module in built.values() for parameter in module.parameters()]
 

@@ -19,8 +19,8 @@ from q_core.specs.check import short
 from q_nn.atomic import write_files
 from q_nn.lora.adapted import adapted_modules, outer_modules
 from q_nn.lora.config import LoRAConfig
-from q_nn.lora.layer import LoRALinear
-from q_nn.lora.model import DEFAULT, attach, build, check_may_add, lora_adapters
+from q_nn.lora.layer import DEFAULT, LoRALinear
+from q_nn.lora.model import attach, build, check_may_add, lora_adapters
 from q_nn.lora.peft_config import from_peft, to_peft
 from q_nn.lora.saved_module import TrainedModule
 from q_nn.lora.targets import Plan, plan_adapter

@@ -36,6 +36,7 @@ class TrainedModule(Adapted):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or name in ("base_layer", "adapters"):  # half built, as by copy or pickle
+            half_built = "_modules" not in self.__dict__ or name in ("base_layer", "adapters")  # as by copy and pickle
+            if half_built or name.startswith("__"):
                 raise
             return getattr(self.in_use(), name)

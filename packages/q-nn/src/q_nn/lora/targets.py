@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from q_core.formats.quantized_tensor import QuantizedTensor
-from q_nn.lora.adapted import outer_modules
+from q_nn.lora.adapted import embeddings_of, outer_modules
 from q_nn.lora.config import ALL_LINEAR, LoRAConfig
 from q_nn.lora.layer import LoRALinear
 from q_nn.lora.saved_module import TrainedModule
@@ -53,18 +53,18 @@ def plan_adapter(operation: str, model: nn.Module, config: LoRAConfig) -> Plan:
     modules = dict(outer_modules(model))
     saved = _modules_to_save(operation, model, modules, config)
     inside_saved = tuple(f"{each}." for each in saved)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = embeddings_of(model, "output")
     linears: dict[str, Target] = {}
     for each, module in modules.items():
-        if not each or not _is_meant(each, module, module is output, config):
+        if not each or not is_meant(each, module, module is output, config):
             continue
         if each in saved or each.startswith(inside_saved):
             continue
         if (reason := _why_not(each, module, modules)) is not None:
             raise ValueError(f"{operation}: target {config.target!r} means {each}, {reason}; leave it out with exclude")
         assert isinstance(module, (nn.Linear, LoRALinear))
-        rank = _by_pattern(each, config.rank_pattern, config.rank)
-        linears[each] = Target(module, rank, _by_pattern(each, config.alpha_pattern, config.alpha))
+        rank = by_pattern(each, config.rank_pattern, config.rank)
+        linears[each] = Target(module, rank, by_pattern(each, config.alpha_pattern, config.alpha))
     if not linears:
         present = [each for each, module in modules.items() if each and isinstance(module, (nn.Linear, LoRALinear))]
         raise ValueError(
@@ -101,7 +101,8 @@ def in_choice(name: str, choice: str | Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in choice)
 
 
-def _is_meant(name: str, module: nn.Module, is_output: bool, config: LoRAConfig) -> bool:
+def is_meant(name: str, module: nn.Module, is_output: bool, config: LoRAConfig) -> bool:
+    """Whether a config's target means a module of that name."""
     if config.exclude and in_choice(name, config.exclude):
         return False
     if config.target == ALL_LINEAR:
@@ -162,7 +163,8 @@ def _modules_to_save(operation: str, model: nn.Module, modules: dict[str, nn.Mod
     return saved
 
 
-def _by_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
+def by_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
+    """The value for a name: that of the first pattern that matches its end."""
     return next((value for pattern, value in patterns.items() if _matches_end(pattern, name)), default)
 
 

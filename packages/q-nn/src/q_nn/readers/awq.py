@@ -17,6 +17,14 @@ from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn.readers.checks import Parts, Settings
 from q_nn.readers.grouped_weight import GroupedWeight, unpack_words
 
+_ABOUT_MAKING = (
+    "modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "sym", "desc_act",
+    "meta", "tokenizer", "dataset", "damp_percent", "true_sequential", "model_seqlen", "batch_size", "block_name_to_quantize",
+    "module_name_preceding_first_block", "modules_in_block_to_quantize", "pad_token_id", "max_input_length",
+    "cache_block_outputs", "act_group_aware", "checkpoint_format",
+)  # fmt: skip
+"""Settings that say how weights were made, or how a program computes with them, and those that transformers' class inherits of GPTQ's."""
+
 _PLACE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the code of each of eight columns is."""
 
@@ -49,13 +57,7 @@ class AWQ:
         for key in ("version", "format"):
             settings.choice(key, ("gemm", "GEMM"), "gemm")
         settings.absent("dynamic")
-        settings.ignore(
-            *("modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"),
-            # what transformers' class inherits from the one for GPTQ
-            *("sym", "desc_act", "meta", "tokenizer", "dataset", "damp_percent", "true_sequential", "model_seqlen", "batch_size"),
-            *("block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "pad_token_id"),
-            *("max_input_length", "cache_block_outputs", "act_group_aware", "checkpoint_format"),
-        )
+        settings.ignore(*_ABOUT_MAKING)
         settings.done()
         return cls(group_size)
 

@@ -18,6 +18,15 @@ from q_core.formats.weight_format import WEIGHT_DTYPES
 from q_nn.readers.checks import Parts, Settings, refuse
 from q_nn.readers.grouped_weight import GroupedWeight, unpack_words
 
+_ABOUT_MAKING = (
+    "meta", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "mse", "act_group_aware", "lm_head",
+    "model_name_or_path", "model_file_base_name", "quant_device", "parallel_packing", "device", "tokenizer", "dataset",
+    "model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "batch_size",
+    "pad_token_id", "max_input_length", "cache_block_outputs", "backend", "offload_to_disk", "offload_to_disk_path",
+    "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "cache_examples_on_gpu",
+)  # fmt: skip
+"""Settings that say how weights were made, or how a program computes with them."""
+
 _ONES = {4: 0x11111111, 8: 0x01010101}
 
 
@@ -60,28 +69,7 @@ class GPTQ:
             refuse("quantization_config", f"says the formats {sorted(formats)}", "one of them")
         settings.choice("pack_dtype", ("int32",), "int32")
         settings.absent("dynamic", "is_marlin_format", "adapter", "rotation")
-        settings.ignore(
-            *(
-                "meta",
-                "damp_percent",
-                "damp_auto_increment",
-                "static_groups",
-                "true_sequential",
-                "mse",
-                "act_group_aware",
-                "lm_head",
-            ),
-            *("model_name_or_path", "model_file_base_name", "quant_device", "parallel_packing", "device", "tokenizer", "dataset"),
-            *(
-                "model_seqlen",
-                "block_name_to_quantize",
-                "module_name_preceding_first_block",
-                "modules_in_block_to_quantize",
-                "batch_size",
-            ),
-            *("pad_token_id", "max_input_length", "cache_block_outputs", "backend", "offload_to_disk", "offload_to_disk_path"),
-            *("use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "cache_examples_on_gpu"),
-        )
+        settings.ignore(*_ABOUT_MAKING)
         settings.done()
         return cls(bits, group_size, ordered, symmetric, 2 if formats == {"gptq_v2"} else 1)
 

@@ -35,7 +35,7 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
 
     Linear layers whose weight is quantized in the checkpoint are swapped for ours, whatever config.json says of others; an embedding holds
     a quantized weight itself. Weights keep the model's dtype and device; on the meta device they come alive on the CPU. What is tied stays
-    tied. Activations are taken as they are, also where a checkpoint was made for quantized ones.
+    tied. Activations are taken as they are, also where a checkpoint was made for a program that rounds them.
 
     A bias of zeros for a layer that has none is dropped: some writers of GPTQ add one to every layer.
 
@@ -66,6 +66,8 @@ def load_foreign(model: nn.Module, source: str | PathLike[str], *, requantize: W
     swaps: dict[int, tuple[nn.Linear, nn.Linear]] = {}
     for key, (module, _, _) in slots.items():
         value = values[first[key]]
+        if isinstance(value, QuantizedTensor) and module is model:
+            refuse(f"load_foreign: {key}", "is the model's own", "a weight of a layer inside, in whose place another can be put")
         if isinstance(value, QuantizedTensor) and (linear := _linear(key, module)) is not None:
             swaps[id(module)] = linear, _around(linear, value)
 
