@@ -92,7 +92,7 @@ def bench_dispatch(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure every op beside its peers; writes build/bench/cpu.json. With ``-- --page docs/benchmarks/cpu.md``, also that page."""
+    """Measure every op and module beside its peers; writes build/bench/cpu.json. With ``-- --pages docs/benchmarks``, pages too."""
     install_wheels(session, "bench")
     output = BUILD.absolute() / "bench" / "cpu.json"
     # Freed memory is kept: else each large output, ours or a peer's, costs more in fresh pages than in computing.
@@ -106,6 +106,14 @@ def optimizers(session: nox.Session) -> None:
     install_wheels(session, "optimizers")
     output = BUILD.absolute() / "bench" / "optimizers.json"
     session.run("python", "-m", "optimizers", "--output", str(output), *session.posargs, env={"PYTHONPATH": "integration_tests"})
+
+
+@nox.session
+def finetuning(session: nox.Session) -> None:
+    """Measure memory of training steps, perplexity and errors; fails where a bound isn't kept; writes build/bench/finetuning.json."""
+    install_wheels(session, "finetuning")
+    output = BUILD.absolute() / "bench" / "finetuning.json"
+    session.run("python", "-m", "finetuning", "--output", str(output), *session.posargs, env={"PYTHONPATH": "integration_tests"})
 
 
 @nox.session

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.case import Call, Case, Target, Work
+from benchmarks.cases import modules
 from benchmarks.clock import milliseconds
-from benchmarks.record import measure
+from benchmarks.record import Record, measure
 
 
 def lasting(seconds: float) -> Call:
@@ -67,7 +69,51 @@ def test_records_are_written_for_people_and_for_programs(tmp_path: Path) -> None
     report.write_json(records, tmp_path / "deep" / "cpu.json")
     (written,) = json.loads((tmp_path / "deep" / "cpu.json").read_text())
     assert list(written) == [
-        "op", "shape", "dtype", "threads", "ours_ms", "peer", "peer_ms", "ratio", "bound", "bound_fraction", "target", "met",
+        "op", "shape", "dtype", "threads", "ours_ms", "peer", "peer_ms", "peers_ms", "ratio", "bound", "bound_fraction", "target", "met",
     ]  # fmt: skip
-    page = report.markdown(records, ["a machine"])
+    page = report.ops_page(records, ["a machine"])
     assert "| op | 1 × 1, float32 | 1 |" in page and "**no**" in page and "- a machine" in page
+
+
+def modules_records() -> list[Record]:
+    records = []
+    for op in ("LinearNF4, forward", "LinearNF4, forward and backward"):
+        for tokens in (1, 16, 2048):
+            peers = {"bitsandbytes": lasting(0.012), "torch bf16": lasting(0.004)}
+            made = Case(op, f"{tokens} × 4096²", "bfloat16", lasting(0.002), peers, target=Target(ratio=1.2), seconds=0.0)
+            records += [measure(made, threads, yardstick(1.0)) for threads in (1, 2)]
+    return records
+
+
+def test_every_peer_of_a_module_is_on_its_page_and_in_the_summary() -> None:
+    records = modules_records()
+    page = report.modules_page(records, ["a machine"])
+    assert page.count("## LinearNF4, forward") == 2 and "- a machine" in page
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith(("| 1 |", "| 16 |", "| 2048 |"))]
+    assert len(rows) == len(records) == 12
+    for row, record in zip(rows, records, strict=True):
+        assert row[3:5] == [f"{record.peers_ms[peer]:.3g}" for peer in report.PEERS]
+        assert float(row[5]) == pytest.approx(record.peers_ms["bitsandbytes"] / record.ours_ms, abs=0.006) and row[-1] == "yes |"
+    head, _, *summary = report.modules_summary(records)
+    assert head == "| × bitsandbytes · torch bf16 | 1 token | 16 tokens |"
+    assert [line.split(" | ")[0] for line in summary] == ["| LinearNF4, forward", "| LinearNF4, forward and backward"]
+
+
+def test_modules_are_made_and_called_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "SIDE", 128)
+    monkeypatch.setattr(modules, "TOKENS", (1, 3))
+    monkeypatch.setattr(modules, "sets_for", lambda size: 2)
+    with torch.inference_mode():
+        cases = list(modules.cases())
+        assert len(cases) == 2 * 2 * len(modules.KINDS)
+        for made in cases:
+            kind = next(kind for kind in modules.KINDS if made.op.rpartition(",")[0] == kind.name)
+            calls = {"ours": made.ours, **made.peers}
+            assert set(made.peers) == {"torch bf16"} | ({"bitsandbytes"} if kind.theirs else set())
+            results = {name: call(1) for name, call in calls.items()}
+            if made.op.endswith("backward"):
+                assert all(len(found) == (3 if kind.rank else 1) for found in results.values())
+                results = {name: found[0] for name, found in results.items()}
+            exact = results["torch bf16"].float()
+            for result in results.values():
+                assert (result.float() - exact).norm() < 0.2 * exact.norm(), made.op

@@ -12,8 +12,9 @@ import torch
 from demo.settings import SMOKE
 from finetuning import __main__ as program
 from finetuning import memory, quality, report
+from pages import write_between
 
-SMALL = memory.Size(hidden=512, layers=4, vocabulary=2048, length=32)
+SMALL = memory.Size(hidden=512, layers=4, vocabulary=2048, length=32, threads=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,9 +101,8 @@ def test_what_is_missed_is_said(memories: list[memory.Memory], errors: list[qual
 def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- memory -->\nold\n<!-- end of memory -->\nafter\n")
-    report.write_between(page, "memory", ["| new |", "| --- |"])
-    report.write_between(page, "memory", ["| new |", "| --- |"])
+    write_between(page, "memory", ["| new |", "| --- |"])
+    write_between(page, "memory", ["| new |", "| --- |"])
     assert page.read_text() == "before\n<!-- memory -->\n\n| new |\n| --- |\n\n<!-- end of memory -->\nafter\n"
     with pytest.raises(ValueError, match="0 places"):
-        report.write_between(page, "speed", [])
-
+        write_between(page, "speed", [])

@@ -8,8 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import Record
+from pages import table
 
 COLUMNS = ("op", "shape", "threads", "ours, ms", "peer", "peer, ms", "ratio", "of the bound", "target", "met")
+
+
+SUMMARIZED = ("1", "16", "512")
+PEERS = ("bitsandbytes", "torch bf16")
 
 
 def write_json(records: Sequence[Record], path: Path) -> None:
@@ -33,8 +38,8 @@ def cells(record: Record) -> tuple[str, ...]:
     )
 
 
-def markdown(records: Sequence[Record], machine: Sequence[str]) -> str:
-    """The table as a page of the documentation."""
+def ops_page(records: Sequence[Record], machine: Sequence[str]) -> str:
+    """The page of the documentation on the ops: one table."""
     lines = [
         "# q-cpu beside its peers",
         "",
@@ -54,6 +59,69 @@ def markdown(records: Sequence[Record], machine: Sequence[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def modules_page(records: Sequence[Record], machine: Sequence[str]) -> str:
+    """The page of the documentation on q_nn's modules: a table for each, with every peer."""
+    lines = [
+        "# q-nn's modules beside bitsandbytes' and torch's",
+        "",
+        "Written by `nox -s bench`. Layers of 4096 × 4096, frozen, bfloat16 activations; «torch bf16» is `nn.Linear`. Backward gives the",
+        "gradient of the input, and of adapters where there are any. Inputs of «threshold 6» have four columns 60 times as large as",
+        "the others. Adapters have rank 16, in float32; the peers have theirs beside their layers, as PEFT does it. Times are medians,",
+        "in turns in one run, on weights that don't fit into the cache together. Ratios are a peer's time over ours: above 1, q-nn wins.",
+        "The session keeps freed memory (MALLOC_MMAP_MAX_=0), for all. Memory, perplexity and errors: [measured too](finetuning.md).",
+        "",
+        *(f"- {line}" for line in machine),
+    ]
+    for op, own in _by_op(records).items():
+        peers = list(own[0].peers_ms)
+        head = (
+            "tokens",
+            "threads",
+            "q-nn, ms",
+            *(f"{peer}, ms" for peer in peers),
+            *(f"{peer} / q-nn" for peer in peers),
+            "target",
+            "met",
+        )
+        lines += ["", f"## {op}", "", *table(head, [_beside_all(record) for record in own])]
+    return "\n".join([*lines, ""])
+
+
+def modules_summary(records: Sequence[Record]) -> list[str]:
+    """A short table for people who choose: how many times as fast as each peer, at the most threads, for some numbers of tokens."""
+    most = max(record.threads for record in records)
+    columns: dict[tuple[str, str], None] = {}
+    rows: dict[str, dict[tuple[str, str], str]] = {}
+    for record in records:
+        tokens = record.shape.split()[0]
+        if record.threads == most and tokens in SUMMARIZED:
+            columns[tokens, record.dtype] = None
+            ratios = " · ".join(
+                f"{record.peers_ms[peer] / record.ours_ms:.1f}" if peer in record.peers_ms else "–" for peer in PEERS
+            )
+            rows.setdefault(record.op, {})[tokens, record.dtype] = ratios
+    head = ("× " + " · ".join(PEERS), *(f"{tokens} token{'s' * (tokens != '1')}" for tokens, _ in columns))
+    return table(head, [(op, *(found.get(column, "") for column in columns)) for op, found in rows.items()])
+
+
+def _by_op(records: Sequence[Record]) -> dict[str, list[Record]]:
+    by_op: dict[str, list[Record]] = {}
+    for record in records:
+        by_op.setdefault(record.op, []).append(record)
+    return by_op
+
+
+def _beside_all(record: Record) -> tuple[str, ...]:
+    return (
+        record.shape.split()[0],
+        str(record.threads),
+        f"{record.ours_ms:.3g}",
+        *(f"{ms:.3g}" for ms in record.peers_ms.values()),
+        *(f"{ms / record.ours_ms:.2f}" for ms in record.peers_ms.values()),
+        *cells(record)[-2:],
+    )
 
 
 def plot(records: Sequence[Record], path: Path) -> None:

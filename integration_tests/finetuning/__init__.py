@@ -1,1 +1,1 @@
-"""What fine-tuning a quantized model takes, and what quantizing costs: memory of a step, perplexity, errors. Run by ``nox -s finetuning``."""
+"""What fine-tuning a quantized model takes and costs: memory of a step, perplexity, errors. Run by ``nox -s finetuning``."""

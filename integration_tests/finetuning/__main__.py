@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finetuning import memory, quality, report
+from pages import write_between
 
 
 def main() -> int:
@@ -17,7 +18,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--page", type=Path, help="a Markdown page to write, too")
     parser.add_argument("--readme", type=Path, help="a Markdown file whose table of memory to write anew")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for training the model of the perplexities (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=90.0, help="for training the model of the perplexities (default: %(default)s)"
+    )
     arguments = parser.parse_args()
 
     memories = []
@@ -38,7 +41,7 @@ def main() -> int:
     if arguments.page is not None:
         arguments.page.write_text(page)
     if arguments.readme is not None:
-        report.write_between(arguments.readme, "memory", report.memory_table(memories))
+        write_between(arguments.readme, "memory", report.memory_table(memories))
     misses = missed(memories, perplexities, errors)
     for miss in misses:
         print(f"missed: {miss}", file=sys.stderr)

@@ -28,11 +28,9 @@ import q_optim
 SHARE = 0.10
 """What the last of the ways may take, as a share of the first."""
 
-THREADS = 2
 STEPS = 2
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""glibc gives what is as large as a tensor back to the system as soon as it is freed, whatever was freed before: what is resident is what is
-held."""
+"""glibc gives what is as large as a tensor back to the system as soon as it is freed: what is resident is what is held."""
 
 _FORGET_PEAK = "5"
 
@@ -66,7 +64,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of the model and of a batch."""
+    """Of the model, of a batch, and how many threads compute."""
 
     hidden: int = 1024
     layers: int = 20
@@ -74,6 +72,7 @@ class Size:
     rank: int = 16
     batch: int = 1
     length: int = 128
+    threads: int = 2
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -115,8 +114,9 @@ class Memory:
 
 def measure(way: Way, size: Size | None = None) -> Memory:
     """Train in a fresh process, and say what that took."""
-    command = [sys.executable, "-m", "finetuning.memory", way.name, json.dumps(asdict(size or Size()))]
-    environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    size = size or Size()
+    command = [sys.executable, "-m", "finetuning.memory", way.name, json.dumps(asdict(size))]
+    environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(size.threads), "HF_HUB_OFFLINE": "1"}
     folder = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=600, check=True)
     return Memory(**json.loads(done.stdout))
@@ -124,7 +124,7 @@ def measure(way: Way, size: Size | None = None) -> Memory:
 
 def train(way: Way, size: Size) -> Memory:
     """Train in this process, which must be fresh."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(size.threads)
     torch.manual_seed(0)
     idle = resident("VmRSS")
     if way.quantized:

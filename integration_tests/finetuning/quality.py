@@ -125,7 +125,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
         GPTNeoXConfig(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8)
     ),
     "OPT": lambda: OPTForCausalLM(
-        OPTConfig(vocab_size=512, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=8, word_embed_proj_dim=256)
+        OPTConfig(
+            vocab_size=512, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=8, word_embed_proj_dim=256
+        )
     ),
 }
 """Random weights, float32, so that nothing but the formats rounds."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from finetuning import quality
-from finetuning.memory import ALLOCATOR, SHARE, STEPS, THREADS, WAYS, Memory, Size
+from finetuning.memory import ALLOCATOR, SHARE, STEPS, WAYS, Memory, Size
+from pages import table
 
 
 def markdown(memories: Sequence[Memory], size: Size, perplexities: Mapping[str, float], errors: Sequence[quality.Error]) -> str:
@@ -22,15 +21,16 @@ def markdown(memories: Sequence[Memory], size: Size, perplexities: Mapping[str, 
             "",
             "## Memory of a training step",
             "",
-            f"A Llama of transformers with {memories[0].parameters / 1e6:.0f} million parameters: width {size.hidden}, {size.layers} layers,",
-            f"{size.vocabulary:,} tokens, embedding and output apart. {size.batch} × {size.length} tokens; adapters of rank {size.rank} on all",
-            f"linear layers but the output. The adapters and their gradients are float32, the rest of that model bfloat16. {THREADS} threads.",
+            f"A Llama of transformers with {memories[0].parameters / 1e6:.0f} million parameters: width {size.hidden},",
+            f"{size.layers} layers, {size.vocabulary:,} tokens, embedding and output apart. {size.batch} × {size.length} tokens,",
+            f"{size.threads} threads. Adapters of rank {size.rank} on all linear layers but the output; these and their gradients are",
+            "float32, the rest of that model is bfloat16.",
             "",
             "Measured, each row in a process of its own: the most that was resident (VmHWM of Linux) while",
-            f"{STEPS} steps were made, forward, backward and optimizer, less what was resident when everything was imported and nothing made.",
-            "What making the model took doesn't count; the high-water mark is set anew after that. The allocator is glibc's with",
-            f"{allocator}, which gives freed tensors back at once; with its defaults it may keep some. The last row may take {SHARE:.0%} of",
-            "the first.",
+            f"{STEPS} steps were made, forward, backward and optimizer, less what was resident when everything was imported and",
+            "nothing made. What making the model took doesn't count; the high-water mark is set anew after that. The allocator is",
+            f"glibc's with {allocator}, which gives freed tensors back at once; with its defaults it may keep some.",
+            f"The last row may take {SHARE:.0%} of the first.",
             "",
             *memory_table(memories),
             "",
@@ -56,10 +56,10 @@ def markdown(memories: Sequence[Memory], size: Size, perplexities: Mapping[str, 
             "",
             "## Errors of the output",
             "",
-            "Small models of random weights in float32, beside the same ones dense; relative errors, of root mean squares. A layer whose weights",
-            "err by ε, each by itself, has an output that errs by ε, and by ε√2 if its input is rounded too, as LLM.int8() does. The errors of",
-            "layers in series add as squares. So the output of a model with n quantized layers may err by ε√n, by ε√(2n) with rounded inputs;",
-            "residual connections, which pass layers by, make it less.",
+            "Small models of random weights in float32, beside the same ones dense; relative errors, of root mean squares. A layer whose",
+            "weights err by ε, each by itself, has an output that errs by ε, and by ε√2 if its input is rounded too, as LLM.int8() does.",
+            "The errors of layers in series add as squares. So the output of a model with n quantized layers may err by ε√n, by ε√(2n)",
+            "with rounded inputs; residual connections, which pass layers by, make it less.",
             "",
             *table(
                 ("model", "weights", "layers", "error of weights", "of the output", "at most"),
@@ -91,20 +91,3 @@ def memory_table(memories: Sequence[Memory]) -> list[str]:
             for m in memories
         ],
     )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def write_between(path: Path, name: str, lines: Sequence[str]) -> None:
-    """Replace what a Markdown file has between ``<!-- name -->`` and ``<!-- end of name -->``.
-
-    Raises:
-        ValueError: it hasn't these two lines.
-    """
-    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
-    text, count = marks.subn(lambda found: "\n".join((found[1], *lines, "", found[2])), path.read_text())
-    if count != 1:
-        raise ValueError(f"{path} has {count} places between <!-- {name} --> and <!-- end of {name} -->, expected one")
-    path.write_text(text)
