@@ -132,13 +132,14 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] 
 
 
 def _all_in_dialect(model: nn.Module) -> bool:
-    """Whether all that is quantized are linear layers in formats of bitsandbytes'."""
+    """Whether all that is quantized are linear layers in formats of bitsandbytes', which has no int8 for weights alone."""
     for module in model.modules():
         formats = [weight.format for weight in quantized_weights(module).values()]
         if formats and not isinstance(module, nn.Linear):
             return False
         for format in formats:
-            if not isinstance(format, Int8Rows) and not (isinstance(format, FourBit) and format.quant_type in _QUANT_TYPES):
+            four_bit = isinstance(format, FourBit) and format.quant_type in _QUANT_TYPES
+            if not four_bit and not isinstance(module, Linear8bitLt):
                 return False
     return True
 
@@ -154,13 +155,13 @@ def _kind(layer: nn.Linear) -> tuple[tuple[str, Any], ...]:
             ("bnb_4bit_use_double_quant", weight.format.nested_blocksize is not None),
             ("llm_int8_has_fp16_weight", False),
         )
-    # The dialect has no word for activations that aren't rounded; outlier columns are the nearest.
-    threshold, dense = (layer.threshold, layer.has_fp16_weights) if isinstance(layer, Linear8bitLt) else (_DEFAULT_THRESHOLD, False)
+    # Int8 for weights alone, which is none of the dialect's, differs from all of them.
+    rounds = isinstance(layer, Linear8bitLt)
     return (
         ("load_in_4bit", False),
-        ("load_in_8bit", True),
-        ("llm_int8_threshold", threshold),
-        ("llm_int8_has_fp16_weight", dense),
+        ("load_in_8bit", rounds),
+        ("llm_int8_threshold", layer.threshold if rounds else 0.0),
+        ("llm_int8_has_fp16_weight", rounds and layer.has_fp16_weights),
     )
 
 
