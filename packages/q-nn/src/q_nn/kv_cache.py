@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, TypeGuard, Literal, get_args
 
 KVDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
 KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
@@ -57,6 +57,10 @@ def kv_cache_of(config: Any) -> KVCache | str:
     layers, kv_heads, head_dim = sizes
     windows = _windows(text, layers)
     return windows if isinstance(windows, str) else KVCache(windows, kv_heads, head_dim)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value > 0
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...] | str:

@@ -54,7 +54,7 @@ def _build(transformers: Any, config: Any, architectures: object) -> Any:
     if not architectures:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     name = architectures[0] if isinstance(architectures, list) else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
             f"architectures is {json.dumps(architectures)}, expected a model class of transformers {transformers.__version__}"
