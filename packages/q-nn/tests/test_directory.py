@@ -22,6 +22,7 @@ import q_nn.shards
 from q_nn import (
     Linear8bitLt,
     LinearFP4,
+    LinearInt8,
     LinearNF4,
     LoRAConfig,
     QConfig,
@@ -327,6 +328,18 @@ def test_damaged_directories_change_nothing(make_llama: MakeLlama, ids: Tensor, 
         load_into(other, tmp_path)
     assert torch.equal(logits(other, ids), before)
     assert not any(isinstance(module, LinearNF4) for module in other.modules())
+
+
+def test_int8_of_weights_alone_comes_back_as_it_was(make_llama: MakeLlama, ids: Tensor, tmp_path: Path) -> None:
+    """bitsandbytes' dialect would make LLM.int8() of it."""
+    model = make_llama()
+    quantize(model, QConfig("int8_weight_only"))
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "q_nn"
+    other = make_llama(seed=1)
+    load_into(other, tmp_path)
+    assert sum(type(module) is LinearInt8 for module in other.modules()) == 14
+    assert torch.equal(logits(other, ids), logits(model, ids))
 
 
 def shards(directory: Path) -> list[Path]:
