@@ -136,6 +136,7 @@ class Adapted(nn.Module):
         self.base = base
         self.lora_A = nn.Linear(SIDE, rank, bias=False)
         self.lora_B = nn.Linear(rank, SIDE, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
