@@ -38,8 +38,8 @@ def errors() -> list[quality.Error]:
 
 def test_memory_is_what_is_held(memories: list[memory.Memory]) -> None:
     full, full8bit, qlora, frugal = memories
-    assert full.parameters == full.trained == qlora.parameters > 14e6 and frugal.trained < 0.03 * full.trained
-    assert full.weights == 4 * full.parameters and full.states >= 8 * full.parameters
+    assert full.parameters == full.trained == qlora.parameters > 13e6 and frugal.trained < 0.05 * full.trained
+    assert 0 <= full.weights - 4 * full.parameters < 1e4 and full.states >= 8 * full.parameters  # and a few buffers
     for found in memories:
         gradients = 4 * found.trained
         held = found.weights + gradients + found.states
