@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 KVDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
 KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
