@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from q_core.formats.int8_rows import Int8Rows
 from q_core.formats.quantized_tensor import QuantizedTensor
@@ -38,9 +38,12 @@ class LinearInt8(QuantizedLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """Quantize the weight of a linear layer; the bias is shared with it.
+        """Quantize the weight of a linear layer; the bias is shared with it, and so is a weight that is int8 rows already.
 
         Raises:
             ValueError: the weight has an element that is not finite.
         """
-        return cls._around(linear, QuantizedTensor.quantize(linear.weight, Int8Rows()))
+        weight: Tensor = linear.weight
+        if not (isinstance(weight, QuantizedTensor) and weight.format == Int8Rows()):
+            weight = QuantizedTensor.quantize(weight, Int8Rows())
+        return cls._around(linear, weight)

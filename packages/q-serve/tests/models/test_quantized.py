@@ -78,7 +78,7 @@ def serve(engine: Engine) -> list[list[int]]:
         q_nn.QConfig(format="nf4", double_quant=True),
         q_nn.QConfig(format="nf4", double_quant=False),
         q_nn.QConfig(format="fp4"),
-        q_nn.QConfig(format="int8"),
+        q_nn.QConfig(format="int8", threshold=0.0),
     ],
     ids=lambda config: f"{config.format}{'-nested' if config.double_quant else ''}",
 )
@@ -91,6 +91,21 @@ def test_what_q_nn_saves(config: q_nn.QConfig, dense: LlamaForCausalLM, tmp_path
     kinds = {type(module).__name__ for module in engine._runner.model.modules()}  # type: ignore[attr-defined]
     assert ("Linear8bitLt" if config.format == "int8" else f"Linear{config.format.upper()}") in kinds
     assert serve(engine) == [generate(model, prompt) for prompt in prompts()]
+
+
+def test_a_threshold_of_outliers_makes_no_request_hang_on_its_neighbours(
+    dense: LlamaForCausalLM, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = copy.deepcopy(dense)
+    q_nn.quantize(model, q_nn.QConfig("int8"))  # with the usual threshold
+    q_nn.save_pretrained(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = load(tmp_path)
+    kinds = {type(module).__name__ for module in engine._runner.model.modules()}  # type: ignore[attr-defined]
+    assert "LinearInt8" in kinds and "Linear8bitLt" not in kinds
+    weight_only = copy.deepcopy(dense)
+    q_nn.quantize(weight_only, q_nn.QConfig("int8_weight_only"))
+    assert serve(engine) == [generate(weight_only, prompt) for prompt in prompts()]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -16,6 +16,9 @@ from q_serve.models.layers import Linear
 def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *, name: str) -> None:
     """Swap the linears of a model on the meta device for quantized ones, as a ``quantization_config`` says.
 
+    Where LLM.int8() would look for outlier columns, activations aren't rounded: those columns are of all tokens of a step, and what a
+    request gets must not hang on which others are beside it.
+
     Args:
         model: mutated.
         quantization_config: of config.json; bitsandbytes' 4-bit and 8-bit are supported.
@@ -33,11 +36,15 @@ def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *,
         q_nn.replace_linears(model, quantization_config, linear_types=(Linear,))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
+    for module in list(model.modules()):
+        for own, layer in list(module.named_children()):
+            if isinstance(layer, q_nn.Linear8bitLt) and layer.threshold:
+                module.add_module(own, q_nn.LinearInt8.from_linear(layer))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The quantized modules of a model, by name."""
-    kinds = (q_nn.Linear4bit, q_nn.Linear8bitLt)
+    kinds = (q_nn.Linear4bit, q_nn.Linear8bitLt, q_nn.LinearInt8)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
