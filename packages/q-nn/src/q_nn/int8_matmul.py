@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from q_core import ops
+from q_core.int8_weight import multiply_rows
 from q_core.layouts import CANONICAL
 from q_nn.mixed_product import rounded_product
 
@@ -90,7 +91,7 @@ class _FrozenWeight(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.layout != CANONICAL:
                 codes_NK, absmax = ops.unpack_weight([codes_NK, absmax], format="int8", shape=codes_NK.shape, layout=ctx.layout)
-            dx_TK = dy_TN @ (codes_NK.float() * (absmax / 127).unsqueeze(1)).to(dy_TN.dtype)
+            dx_TK = multiply_rows(dy_TN, codes_NK, absmax)
         return dx_TK, None, None, _bias_gradient(ctx, dy_TN, 3), None, None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q_core.int8_weight import multiply_rows
 from q_core.layouts import CANONICAL
 from q_core.record import Gradient
 
@@ -70,7 +71,7 @@ def _backward_int8(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         w_NK, w_scale = ctx.saved_tensors
         w_NK, w_scale = _canonical("int8", [w_NK, w_scale], w_NK.shape, 0, ctx.layout)
-        dx_TK = dy_TN @ (w_NK.float() * (w_scale / 127).unsqueeze(1)).to(dy_TN.dtype)
+        dx_TK = multiply_rows(dy_TN, w_NK, w_scale)
     return dx_TK, None, None, _bias(ctx, dy_TN, 3), None
 
 
