@@ -62,7 +62,10 @@ def test_gradients_go_through_the_decoded_weight(make: Make, dtype: torch.dtype)
     out = layer(x)
     assert out.dtype == dtype
     dx, dbias = torch.autograd.grad(out, (x, layer.bias), dy)
-    torch.testing.assert_close(dx, dy @ dequantized(layer).to(dtype))
+    weight = dequantized(layer).double()
+    # One of the factors and the result may be rounded to dtype, by half an epsilon each; the rest is a float32 sum of 24 products.
+    limit = (torch.finfo(dtype).eps + 24 * torch.finfo(torch.float32).eps) * (dy.double().abs() @ weight.abs())
+    assert bool(((dx.double() - dy.double() @ weight).abs() <= limit).all())
     torch.testing.assert_close(dbias, dy.sum(0))
     assert not layer.weight.requires_grad
 
