@@ -136,9 +136,9 @@ void elementwise(const Kernels& all, Float dtype, int variant) {
   constexpr int64_t rows = 5, K = 262, D = 2 * 65;
   const auto x = in(dtype, rows * K), weight = in(dtype, K);
   std::vector<uint8_t> out(x.size()), k_out(x.size());
-  all.norm->rms_norm({x.data(), K, nullptr, 0, weight.data(), 1e-6f, K, nullptr, out.data(), dtype}, 0, rows);
+  all.norm->rms_norm({x.data(), K, nullptr, 0, weight.data(), 1e-6f, rows, K, nullptr, out.data(), dtype}, 0, rows);
   print("rms_norm", variant, out);
-  all.norm->silu_and_mul({x.data(), K, K / 2, out.data(), dtype}, 0, rows);
+  all.norm->silu_and_mul({x.data(), K, rows, K / 2, out.data(), dtype}, 0, rows);
   print("silu_and_mul", variant, out);
   const std::vector<int64_t> positions{0, 3, 1, 2, 3};
   const auto cos = floats(4 * 65), sin = floats(4 * 65);
@@ -176,7 +176,7 @@ void optimizers(const OptimKernels& k, Float dtype, int variant) {
   h.beta1 = h.beta2 = 0.9f;
   h.one_minus_beta1 = h.one_minus_beta2 = 0.1f;
   h.eps = h.eps_corrected = 1e-8f;
-  h.correction1 = h.sqrt_correction2 = 1;
+  h.one_corrected = 1;
   k.step_32bit(tensor, h, 0, (n + kOptimizerRun - 1) / kOptimizerRun);
   print("optimizer_step_32bit", variant, param);
   print("optimizer_step_32bit state", variant, second);
@@ -190,7 +190,7 @@ void attention(const AttentionKernels& k, Float dtype, int variant) {
   const PagedAttention a{q.data(),     H * D, D, dtype, keys.data(), values.data(), CacheFormat::dense, nullptr, nullptr, table.data(), blocks,
                          start.data(), lengths.data(), H, G, S, D, 0.11, true, 0, 0.0, nullptr, out.data()};
   std::vector<AttentionItem> items;
-  for (int64_t group = 0; group < G; ++group) items.push_back({0, group, 0, queries * H / G, 0, 1, nullptr});
+  for (int64_t group = 0; group < G; ++group) items.push_back({0, group, 1, 0, queries * H / G, 0, 1, nullptr});
   std::vector<float> scratch(static_cast<size_t>(k.scratch_floats(a)) + 16);
   auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
   k.attend(a, items.data(), 0, G, aligned);
