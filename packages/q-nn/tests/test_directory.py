@@ -1,4 +1,7 @@
-"""Hugging Face directories: saved whole or not at all, loaded strictly."""
+"""Hugging Face directories: saved whole or not at all, loaded strictly.
+
+Long, because of the many ways in which a directory can be wrong, each beside the message it gets.
+"""
 
 from __future__ import annotations
 

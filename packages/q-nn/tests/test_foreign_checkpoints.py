@@ -1,4 +1,7 @@
-"""GPTQ, AWQ and compressed-tensors: files as their formats define them, packed here code by code, against float64."""
+"""GPTQ, AWQ and compressed-tensors: files as their formats define them, packed here code by code, against float64.
+
+Long, because every format has a packer of its own here, which shares nothing with the readers.
+"""
 
 from __future__ import annotations
 

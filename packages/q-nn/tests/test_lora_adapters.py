@@ -1,4 +1,7 @@
-"""Which layers get adapters; several adapters in one model; modules to save; merging and unmerging."""
+"""Which layers get adapters; several adapters in one model; modules to save; merging and unmerging.
+
+Long, because each of these is tried over every kind of layer, with the same few helpers.
+"""
 
 from __future__ import annotations
 

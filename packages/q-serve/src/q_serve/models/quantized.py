@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import q_nn
+from q_nn.layers import replace_module
 from q_serve.errors import ModelError
 from q_serve.models.layers import Linear
 
@@ -36,10 +37,9 @@ def replace_linears(model: nn.Module, quantization_config: Mapping[str, Any], *,
         q_nn.replace_linears(model, quantization_config, linear_types=(Linear,))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
-    for module in list(model.modules()):
-        for own, layer in list(module.named_children()):
-            if isinstance(layer, q_nn.Linear8bitLt) and layer.threshold:
-                module.add_module(own, q_nn.LinearInt8.from_linear(layer))
+    for layer in list(model.modules()):
+        if isinstance(layer, q_nn.Linear8bitLt) and layer.threshold:
+            replace_module(model, layer, q_nn.LinearInt8.from_linear(layer))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
