@@ -5,22 +5,14 @@ Nothing here imports a driver until the probe is called.
 
 from __future__ import annotations
 
-from q_core.backend import Availability, Backend
+from q_triton.plugins import gpu_backend
 
 
-def probe() -> Availability:
-    """Tell whether this process can use an NVIDIA GPU: the devices by name, or why there are none."""
+def devices() -> list[str]:
+    """The NVIDIA GPUs that torch sees."""
     import torch
 
-    from q_triton import platform_mismatch
-
-    if (mismatch := platform_mismatch("cuda")) is not None:
-        return Availability(False, mismatch)
-    if not torch.cuda.is_available():
-        return Availability(
-            False, f"no CUDA device is visible to this torch ({torch.__version__}); check the driver and CUDA_VISIBLE_DEVICES"
-        )
-    return Availability(True, "; ".join(_describe(index) for index in range(torch.cuda.device_count())))
+    return [_describe(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def _describe(index: int) -> str:
@@ -30,11 +22,12 @@ def _describe(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
-backend = Backend(
-    name="q_cuda",
-    device_types=("cuda",),
-    surface_version=1,
-    priority=100,
-    probe=probe,
-    summary="NVIDIA GPUs (CUDA); no ops yet",
+backend = gpu_backend(
+    "q_cuda",
+    platform="cuda",
+    device_type="cuda",
+    devices=devices,
+    advice="check the driver and CUDA_VISIBLE_DEVICES",
+    tiles="q_cuda.tiles",
+    summary="Triton kernels for NVIDIA GPUs (CUDA)",
 )

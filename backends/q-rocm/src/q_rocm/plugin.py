@@ -5,23 +5,14 @@ Nothing here imports a driver until the probe is called.
 
 from __future__ import annotations
 
-from q_core.backend import Availability, Backend
+from q_triton.plugins import gpu_backend
 
 
-def probe() -> Availability:
-    """Tell whether this process can use an AMD GPU: the devices by name, or why there are none."""
+def devices() -> list[str]:
+    """The AMD GPUs that torch sees; its builds for ROCm answer under the name of CUDA."""
     import torch
 
-    from q_triton import platform_mismatch
-
-    if (mismatch := platform_mismatch("rocm")) is not None:
-        return Availability(False, mismatch)
-    # torch's builds for ROCm answer under the name of CUDA.
-    if not torch.cuda.is_available():
-        return Availability(
-            False, f"no ROCm device is visible to this torch ({torch.__version__}); check the driver and HIP_VISIBLE_DEVICES"
-        )
-    return Availability(True, "; ".join(_describe(index) for index in range(torch.cuda.device_count())))
+    return [_describe(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def _describe(index: int) -> str:
@@ -31,11 +22,12 @@ def _describe(index: int) -> str:
     return f"{properties.name}, {properties.gcnArchName}"
 
 
-backend = Backend(
-    name="q_rocm",
-    device_types=("cuda",),
-    surface_version=1,
-    priority=100,
-    probe=probe,
-    summary="AMD GPUs (ROCm); no ops yet",
+backend = gpu_backend(
+    "q_rocm",
+    platform="rocm",
+    device_type="cuda",
+    devices=devices,
+    advice="check the driver and HIP_VISIBLE_DEVICES",
+    tiles="q_rocm.tiles",
+    summary="Triton kernels for AMD GPUs (ROCm)",
 )

@@ -5,29 +5,22 @@ Nothing here imports a driver until the probe is called.
 
 from __future__ import annotations
 
-from q_core.backend import Availability, Backend
+from q_triton.plugins import gpu_backend
 
 
-def probe() -> Availability:
-    """Tell whether this process can use an Intel GPU: the devices by name, or why there are none."""
+def devices() -> list[str]:
+    """The Intel GPUs that torch sees."""
     import torch
 
-    from q_triton import platform_mismatch
-
-    if (mismatch := platform_mismatch("xpu")) is not None:
-        return Availability(False, mismatch)
-    if not torch.xpu.is_available():
-        return Availability(
-            False, f"no XPU device is visible to this torch ({torch.__version__}); check the driver and ZE_AFFINITY_MASK"
-        )
-    return Availability(True, "; ".join(torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count())))
+    return [torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
 
 
-backend = Backend(
-    name="q_xpu",
-    device_types=("xpu",),
-    surface_version=1,
-    priority=100,
-    probe=probe,
-    summary="Intel GPUs (XPU); no ops yet",
+backend = gpu_backend(
+    "q_xpu",
+    platform="xpu",
+    device_type="xpu",
+    devices=devices,
+    advice="check the driver and ZE_AFFINITY_MASK",
+    tiles="q_xpu.tiles",
+    summary="Triton kernels for Intel GPUs (XPU)",
 )

@@ -1,0 +1,13 @@
+"""The tiles of AMD's architectures, where the portable ones aren't best. A new architecture is a new entry."""
+
+from __future__ import annotations
+
+from q_triton.tiles import Table, register
+
+TILES: dict[str, Table] = {
+    "gfx90a": {},
+    "gfx942": {},
+    "gfx1100": {},
+}
+
+register(TILES)

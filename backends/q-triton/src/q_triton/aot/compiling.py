@@ -1,0 +1,73 @@
+"""From a launch that was recorded to machine code for a target; needs no driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from q_triton.launch import Launch
+from q_triton.targets import Target
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+def compiler_target(target: Target) -> GPUTarget:
+    """The target in Triton's words.
+
+    Raises:
+        ValueError: it is one of a vendor whose compiler Triton's wheels don't have.
+    """
+    if target.platform == "cuda":
+        return GPUTarget("cuda", target.capability, 32)
+    if target.platform == "rocm":
+        return GPUTarget("hip", target.name, 64 if target.name.startswith("gfx9") else 32)
+    raise ValueError(f"no compiler for {target.name} is at hand, expected one of NVIDIA's or AMD's targets.")
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """A launch's kernel with the types of its arguments, specialized as a call would be: on 1, on multiples of 16, on constants."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    given = {**launch.arguments, **launch.tile.blocks}
+    for parameter in launch.kernel.params:
+        name, value, place = parameter.name, given[parameter.name], (parameter.num,)
+        constant = (
+            parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        )
+        if constant:
+            signature[name], constants[place] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[place] = _ALIGNED  # torch's memory is; a view's offset may not be, and makes another kernel
+        elif isinstance(value, bool):
+            signature[name] = "u1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[place] = _ALIGNED
+        else:
+            signature[name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """Compile a recorded launch for a target: Triton's compiled kernel, with its code in ``asm``."""
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": not launch.exact}
+    return triton.compile(source_of(launch), target=compiler_target(target), options=options)

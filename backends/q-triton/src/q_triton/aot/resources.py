@@ -1,0 +1,77 @@
+"""What a compiled kernel takes of a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from q_triton.targets import Target
+
+_NVIDIA_MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA")
+_AMD_MATRIX = ("v_mfma", "v_smfmac", "v_wmma")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Of one kernel on one target.
+
+    Attributes:
+        registers: vector registers of a thread.
+        spilled: registers that don't fit, counted in stores and loads (NVIDIA) or registers (AMD).
+        local: bytes of a thread's memory off the chip: its stack and arrays.
+        shared: bytes of shared memory (AMD: LDS) of a program.
+        matrix: matrix instructions in the code.
+    """
+
+    registers: int
+    spilled: int
+    local: int
+    shared: int
+    matrix: int
+
+
+def resources_of(compiled: Any, target: Target) -> Resources:
+    """Read a compiled kernel's resources off its machine code."""
+    return _nvidia(compiled.asm["cubin"], compiled.metadata.shared) if target.platform == "cuda" else _amd(compiled.asm["amdgcn"])
+
+
+def _nvidia(cubin: bytes, shared: int) -> Resources:
+    usage, code = (_cuobjdump(flag, cubin) for flag in ("--dump-resource-usage", "--dump-sass"))
+    # The last line is the kernel's; one without a name comes before.
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        registers=used["REG"],
+        spilled=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        local=used["STACK"] + used["LOCAL"],
+        shared=shared,
+        matrix=sum(len(re.findall(rf"\b{name}\b", code)) for name in _NVIDIA_MATRIX),
+    )
+
+
+def _cuobjdump(flag: str, cubin: bytes) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(program), flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _amd(assembly: str) -> Resources:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found is not None, f"the compiler's metadata has no {name}"
+        return int(found[1])
+
+    return Resources(
+        registers=field("vgpr_count"),
+        spilled=field("vgpr_spill_count"),
+        local=field("private_segment_fixed_size"),
+        shared=field("group_segment_fixed_size"),
+        matrix=sum(len(re.findall(rf"\b{name}", assembly)) for name in _AMD_MATRIX),
+    )

@@ -1,0 +1,46 @@
+"""Codes of 4 and 8 bits and what they stand for, in portable integer arithmetic: the same bits on every GPU, whatever types it has."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as an int32 that orders as |x| does, NaN above infinity: an integer maximum keeps NaN, a GPU's float maximum drops it."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def from_bits(bits):
+    """The float32 of these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_e4m3(codes):
+    """float8_e4m3fn bytes (uint8) as float32. As a float16's bits they are the value times 2^-8; 0x7F and 0xFF are NaN."""
+    wide = codes.to(tl.int32)
+    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 within ±448 as float8_e4m3fn bytes (uint8), rounded to nearest, ties to even. x is finite."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # 2^-6 and up: three bits of mantissa are kept, and the exponent's bias falls from 127 to 7.
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) >> 20) - (120 << 3)
+    # Below, multiples of 2^-9: adding 2^14 rounds to one, which then is the sum's last bits.
+    subnormal = (from_bits(magnitude) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def nibble(packed, element):
+    """The 4-bit codes (int32) of elements, from the bytes (uint8) that hold them: the even ones are the high nibbles."""
+    return (packed.to(tl.int32) >> (4 - 4 * (element & 1)).to(tl.int32)) & 0xF

@@ -1,0 +1,80 @@
+"""Launching kernels: the one place where Triton is called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_triton.environment import interpreted
+from q_triton.tiles import Tile
+
+if interpreted():
+    from q_triton import interpreter
+
+    interpreter.install()
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel that was to be launched.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs along each axis.
+        tile: how its work is cut.
+        exact: whether a product and a sum may not become one fused operation.
+        arguments: all others, by name.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tile: Tile
+    exact: bool
+    arguments: Mapping[str, Any]
+
+
+_recorder: Callable[[Launch], None] | None = None
+
+
+@contextlib.contextmanager
+def recorded(recorder: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch to a function instead: ops then take tensors of torch's meta device, and compute nothing."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *, exact: bool = False, **arguments: Any) -> None:
+    """Run a kernel on the device of its tensors, in torch's current stream.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        grid: programs along each axis; nothing is launched where one of them is 0.
+        tile: block sizes, which are the kernel's constants of the same names, warps and stages.
+        exact: round a product before it is added, as where codes must be the reference's bit for bit.
+        arguments: every other argument of the kernel.
+    """
+    if 0 in grid:
+        return
+    if _recorder is not None:
+        _recorder(Launch(kernel, grid, tile, exact, arguments))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with _current(device):
+        kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=not exact)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which needn't be the tensors'."""
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
