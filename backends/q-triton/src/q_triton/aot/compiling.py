@@ -25,6 +25,7 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 _ALIGNED = [["tt.divisibility", 16]]
+_BELOW_2GB = [["tt.pointer_range", 32]]  # AMD's loads through buffers take offsets of 32 bits
 
 
 def compiler_target(target: Target) -> GPUTarget:
@@ -40,12 +41,12 @@ def compiler_target(target: Target) -> GPUTarget:
     raise ValueError(f"no compiler for {target.name} is at hand, expected one of NVIDIA's or AMD's targets.")
 
 
-def source_of(launch: Launch) -> ASTSource:
+def source_of(launch: Launch, target: Target) -> ASTSource:
     """A launch's kernel with the types of its arguments, specialized as a call would be: on 1, on multiples of 16, on constants."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    given = {**launch.arguments, **launch.tile.blocks}
+    given = launch.given
     for parameter in launch.kernel.params:
         name, value, place = parameter.name, given[parameter.name], (parameter.num,)
         constant = (
@@ -55,7 +56,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name], constants[place] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
-            attributes[place] = _ALIGNED  # torch's memory is; a view's offset may not be, and makes another kernel
+            attributes[place] = _of_pointer(value, target)
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):
@@ -67,7 +68,14 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def _of_pointer(tensor: Tensor, target: Target) -> list[list[Any]]:
+    # torch's memory is aligned; within it a view may begin anywhere.
+    aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0
+    small = target.platform == "rocm" and tensor.untyped_storage().nbytes() < 2**31
+    return _ALIGNED * aligned + _BELOW_2GB * small
+
+
 def compile_launch(launch: Launch, target: Target) -> Any:
     """Compile a recorded launch for a target: Triton's compiled kernel, with its code in ``asm``."""
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": not launch.exact}
-    return triton.compile(source_of(launch), target=compiler_target(target), options=options)
+    return triton.compile(source_of(launch, target), target=compiler_target(target), options=options)
