@@ -83,7 +83,20 @@ def search_table_kernel(book, table, entries, BLOCK: tl.constexpr):
 
 @triton.jit
 def nearest_by_table(x, table, place_bits):
-    """As :func:`nearest`, for x from -1 to 1, or a rounding beyond that, which counts as 1; place_bits is the table's first entry, not 0."""
+    """As :func:`nearest`, for x from -1 to 1; a rounding beyond counts as 1. place_bits is the first entry of the table, not 0."""
     ordered = ordered_bits(x)
     entry = tl.load(table + 16384 + (ordered >> place_bits))
     return ((entry + (ordered & ((1 << place_bits) - 1))) >> 24) & 0xFF
+
+
+@triton.jit
+def nearest_4bit(x, table):
+    """Code (int32) of the entry nearest to each x, between -2 and 2, by a table of :func:`q_triton.four_bit_tables.four_bit_table`.
+
+    x belongs to one of 64 equal buckets, by the highest bits of x + 6. A bucket's entry holds the midpoint inside, the code below and the
+    code above it.
+    """
+    bucket = ((x + 6.0).to(tl.int32, bitcast=True) >> 17) - 0x2040
+    entry = tl.load(table + bucket)
+    codes = (entry >> 32).to(tl.int32)
+    return tl.where(x > from_bits(entry.to(tl.int32)), codes >> 4, codes) & 0xF
