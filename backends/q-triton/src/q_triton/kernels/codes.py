@@ -44,3 +44,10 @@ def to_e4m3(x):
 def nibble(packed, element):
     """The 4-bit codes (int32) of elements, from the bytes (uint8) that hold them: the even ones are the high nibbles."""
     return (packed.to(tl.int32) >> (4 - 4 * (element & 1)).to(tl.int32)) & 0xF
+
+
+@triton.jit
+def nibbles(packed):
+    """The 4-bit codes (int32 [..., 2 C]) of bytes (uint8 [..., C]), the high nibble first: a byte is read once for both."""
+    wide = packed.to(tl.int32)
+    return tl.interleave(wide >> 4, wide & 0xF)
