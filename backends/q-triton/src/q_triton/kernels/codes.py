@@ -41,6 +41,12 @@ def to_e4m3(x):
 
 
 @triton.jit
+def to_int8(x):
+    """float32 within ±127 as int8, rounded to nearest, ties to even: the sum with 1.5 * 2^23 has no place for a fraction."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
 def nibble(packed, element):
     """The 4-bit codes (int32) of elements, from the bytes (uint8) that hold them: the even ones are the high nibbles."""
     return (packed.to(tl.int32) >> (4 - 4 * (element & 1)).to(tl.int32)) & 0xF
