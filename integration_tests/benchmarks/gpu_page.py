@@ -16,10 +16,10 @@ UNITS = {"copy": "TB/s", "read": "TB/s", "matrix": "TFLOP/s"}
 HEAD = """# On a GPU
 
 Written by `nox -s gpu`, or `nox -s bench -- gpu`. Each op's result was compared with float64's, or its codes with the reference's,
-before its time was taken: «error» is the length of the difference over that of the result. Times are medians of the device's own events around
-replayed graphs, in turns with the peers', over inputs that don't fit into the last-level cache together; of what waits for the device, or
-whose host side is what is measured, with its launches. A rate counts bytes that must be read and written, or multiplications and
-additions; its bound is the rate at which the same run copied memory, or multiplied matrices in bfloat16.
+before its time was taken: «error» is the length of the difference over that of the result. Times are medians of the device's own
+events around replayed graphs, in turns with the peers', over inputs that don't fit into the last-level cache together; of what waits
+for the device, or whose host side is what is measured, with its launches. A rate counts bytes that must be read and written, or
+multiplications and additions; its bound is the rate at which the same run copied memory, or multiplied matrices in bfloat16.
 """
 
 
