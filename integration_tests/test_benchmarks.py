@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report
-from benchmarks.case import Call, Case, Target, Work
+from benchmarks import gpu_page, report
+from benchmarks.case import Call, Case, Check, Target, Work
 from benchmarks.cases import modules
 from benchmarks.clock import milliseconds
+from benchmarks.gpu_cases import FAMILIES
+from benchmarks.gpu_cases.sizes import small
 from benchmarks.record import Record, measure
 
 
@@ -24,6 +26,10 @@ def lasting(seconds: float) -> Call:
 
 def case(**settings: Any) -> Case:
     return Case("op", "1 × 1", "float32", lasting(0.004), {"slow": lasting(0.040), "quick": lasting(0.012)}, **settings)
+
+
+def clock(contenders: Any, sets: int, seconds: float) -> dict[str, float]:
+    return {"ours": 4.0, "slow": 40.0, "quick": 12.0}
 
 
 def yardstick(fraction: float) -> Any:
@@ -43,10 +49,15 @@ def yardstick(fraction: float) -> Any:
         (Target(fraction=0.6), 1, False),
         (Target(fraction=0.6), 2, None),
         (Target(ratio=1.5, fraction=0.6), 1, False),
+        (Target(ratios={"slow": 6, "quick": 1.5}), 1, True),
+        (Target(ratios={"slow": 6, "quick": 6}), 1, False),
+        (Target(ratios={"one that isn't there": 6}), 1, None),
+        (Target(rate=2e9), 1, True),
+        (Target(rate=2e12), 1, False),
     ],
 )
 def test_target(target: Target, threads: int, met: bool | None) -> None:
-    record = measure(case(target=target, work=Work("read", 1)), threads, yardstick(0.5))
+    record = measure(case(target=target, work=Work("read", 10**7)), threads, yardstick(0.5), clock)
     assert record.met is met
     assert record.peer == ("slow" if target.peers else "quick")
     assert (
@@ -70,6 +81,7 @@ def test_records_are_written_for_people_and_for_programs(tmp_path: Path) -> None
     (written,) = json.loads((tmp_path / "deep" / "cpu.json").read_text())
     assert list(written) == [
         "op", "shape", "dtype", "threads", "ours_ms", "peer", "peer_ms", "peers_ms", "ratio", "bound", "bound_fraction", "target", "met",
+        "rate", "error", "stretch", "stretched",
     ]  # fmt: skip
     page = report.ops_page(records, ["a machine"])
     assert "| op | 1 × 1, float32 | 1 |" in page and "**no**" in page and "- a machine" in page
@@ -79,7 +91,23 @@ def modules_records() -> list[Record]:
     peers = {"bitsandbytes": 12.0, "torch bf16": 4.0}
     return [
         Record(
-            op, f"{tokens} × 4096²", "bfloat16", threads, 2.0, "torch bf16", 4.0, peers, 2.0, None, None, "1.2× the best peer", True
+            op,
+            f"{tokens} × 4096²",
+            "bfloat16",
+            threads,
+            2.0,
+            "torch bf16",
+            4.0,
+            peers,
+            2.0,
+            None,
+            None,
+            "1.2× the best peer",
+            True,
+            None,
+            None,
+            "",
+            None,
         )
         for op in ("LinearNF4, forward", "LinearNF4, forward and backward")
         for tokens in (1, 16, 2048)
@@ -120,3 +148,33 @@ def test_modules_are_made_and_called_as_they_are_measured(monkeypatch: pytest.Mo
             exact = results["torch bf16"].float()
             for result in results.values():
                 assert (result.float() - exact).norm() < 0.2 * exact.norm(), made.op
+
+
+@pytest.mark.parametrize(("error", "met", "stretched"), [(0.01, True, True), (0.02, False, None), (float("nan"), False, None)])
+def test_a_wrong_result_meets_nothing(error: float, met: bool, stretched: bool | None) -> None:
+    made = case(target=Target(ratio=1.5), stretch=Target(ratio=1.6), check=Check(lambda: error, allowed=0.01))
+    record = measure(made, 1, yardstick(0.5), clock)
+    assert record.met is met and record.stretched is stretched
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_cases_are_made_and_called_as_they_are_measured(family: str) -> None:
+    with torch.inference_mode():
+        for made in FAMILIES[family](small(torch.device("cpu"))):
+            where = f"{made.op}, {made.shape}"
+            assert made.check is None or made.check.error() <= made.check.allowed, where
+            assert set(made.launched) <= {"ours", *made.peers}, where
+            for call in (made.ours, *made.peers.values()):
+                call(made.sets - 1)
+
+
+def test_runs_on_a_gpu_are_kept_and_shown(tmp_path: Path) -> None:
+    record = measure(case(target=Target(ratios={"quick": 6}), work=Work("matrix", 10**9)), 1, yardstick(0.5), clock)
+    runs = [gpu_page.Run(date, ["a GPU", "versions"], [record]) for date in ("2026-01-01", "2026-01-02")]
+    path = tmp_path / "deep" / "gpu.json"
+    assert gpu_page.read(path) == []
+    gpu_page.write(runs, path)
+    assert gpu_page.read(path) == runs
+    page = gpu_page.page(runs)
+    assert page.index("## 2026-01-02: a GPU") < page.index("## 2026-01-01: a GPU")
+    assert page.count("| op | 1 × 1, float32 |") == 2 and "TFLOP/s | 50% matrix |" in page and "6× quick | **no** |" in page

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reference_pages.docstrings import cell, entries, sections
 
-_DESCRIBED = re.compile(r"^(?:- |\w+: )?``(?P<name>Q_[A-Z_]+)``[:,] (?P<text>.*)", re.DOTALL)
+_DESCRIBED = re.compile(r"^(?:- |\w+: )?``(?P<name>[A-Z][A-Z_]+)``[:,] (?P<text>.*)", re.DOTALL)
 _READ = re.compile(r"""environ(?:\.get\(|\[)["'](?P<name>\w+)["']""")
 
 
@@ -34,7 +34,7 @@ def read_in(module: Path) -> set[str]:
 
 
 def described_in(module: Path) -> Iterator[Variable]:
-    """The variables that a module's docstrings describe, with ``Q_NAME`` in front; where several do, the first of them."""
+    """The variables that a module's docstrings describe, with ``NAME`` in front; where several do, the first of them."""
     found = set()
     tree = ast.parse(module.read_text(encoding="utf-8"))
     for node in ast.walk(tree):

@@ -51,4 +51,4 @@ class Yardstick:
     def fraction(self, work: Work, ms: float) -> float:
         """Share of the bound that a time reaches."""
         rate: float = getattr(self, work.bound)
-        return work.bytes / rate / (ms / 1e3)
+        return work.amount / rate / (ms / 1e3)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from demo import report, steps
 from demo.evaluation import accepted_lines
 from demo.settings import FULL, SMOKE, Settings
@@ -16,15 +18,14 @@ from demo.settings import FULL, SMOKE, Settings
 
 def main() -> int:
     """The exit code: 1 if anything missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo", description="Train, quantize, fine-tune and serve a small model on CPU."
-    )
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Train, quantize, fine-tune and serve a small model.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for report.json, the model and the server's log")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="a torch device (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: every step in seconds, and figures that mean little")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    result, missed = walk(SMOKE if options.smoke else FULL, options.output)
+    result, missed = walk(SMOKE if options.smoke else FULL, options.device, options.output)
     path = options.output / "report.json"
     report.write(result, path)
     print(f"\nA sample, of whose lines tokenize accepts {result['sample_accepted_lines']:.0%}:\n\n{result['sample']}\n")
@@ -34,12 +35,12 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def walk(settings: Settings, output: Path) -> tuple[report.Report, list[str]]:
+def walk(settings: Settings, device: torch.device, output: Path) -> tuple[report.Report, list[str]]:
     """Take all five steps: the report, and what missed."""
     seconds: dict[str, float] = {}
     with timed(seconds, "train"):
         text = steps.Text.read(settings)
-        trained = steps.pretrain(settings, text)
+        trained = steps.pretrain(settings, text, device)
     with timed(seconds, "quantize"):
         quantized = steps.quantize(trained.model, text)
     with timed(seconds, "fine-tune"):
@@ -47,6 +48,7 @@ def walk(settings: Settings, output: Path) -> tuple[report.Report, list[str]]:
     with timed(seconds, "serve"):
         answers, differing = steps.serve(quantized.nf4, text, settings, output)
     result = report.Report(
+        device=str(device),
         parameters=trained.model.num_parameters(),
         training_tokens=trained.tokens,
         training_dtype=trained.dtype,

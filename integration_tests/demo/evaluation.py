@@ -17,7 +17,7 @@ BATCH = 8
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: Tensor, *, title: str) -> float:
     """Exponential of the mean loss over windows of tokens, int64 [windows, length]."""
-    batches = windows.split(BATCH)
+    batches = windows.to(model.device).split(BATCH)
     total = sum(
         model(input_ids=ids, labels=ids, use_cache=False).loss.item() * len(ids)
         for ids in tqdm(batches, desc=f"perplexity, {title}", unit="batch")

@@ -17,13 +17,15 @@ class Oracle:
 
     Args:
         directory: what the server serves.
+        device: where the server computes.
         max_tokens: tokens of an answer.
     """
 
-    def __init__(self, directory: Path, *, max_tokens: int) -> None:
+    def __init__(self, directory: Path, device: torch.device, *, max_tokens: int) -> None:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         self.model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory)).float().eval()
         q_nn.load_into(self.model, directory)
+        self.model.to(device)
         self.max_tokens = max_tokens
 
     def completion(self, prompt: str) -> str:
@@ -39,6 +41,7 @@ class Oracle:
 
     @torch.inference_mode()
     def _generate(self, inputs: BatchEncoding) -> str:
+        inputs = inputs.to(self.model.device)
         tokens = self.model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=self.max_tokens, do_sample=False
         )

@@ -38,6 +38,7 @@ class Serve(TypedDict):
 class Report(TypedDict):
     """report.json."""
 
+    device: str
     parameters: int
     training_tokens: int
     training_dtype: str

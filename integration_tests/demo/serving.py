@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from openai import OpenAI
 from tqdm import tqdm
 
@@ -24,13 +25,14 @@ LISTENING = "listening on "
 
 
 @contextmanager
-def serve(directory: Path, log: Path) -> Iterator[str]:
+def serve(directory: Path, device: torch.device, log: Path) -> Iterator[str]:
     """Run ``q-serve serve`` on a free loopback port.
 
     It computes in float32, in which two tokens hardly ever tie, so that its greedy answers can be compared token by token.
 
     Args:
         directory: the model.
+        device: where it computes.
         log: file that takes what the server prints.
 
     Yields:
@@ -41,7 +43,7 @@ def serve(directory: Path, log: Path) -> Iterator[str]:
     """
     program = Path(sysconfig.get_path("scripts")) / "q-serve"
     with log.open("w") as output:
-        command = [program, "serve", directory, "--port", "0", "--dtype", "float32"]
+        command = [program, "serve", directory, "--port", "0", "--dtype", "float32", "--device", str(device)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield _address(process, log)

@@ -65,15 +65,17 @@ class Trained:
     state_bytes: dict[str, int]
 
 
-def pretrain(settings: Settings, text: Text) -> Trained:
+def pretrain(settings: Settings, text: Text, device: torch.device) -> Trained:
     """Train twice from the same weights on the same data in the same order."""
     config = settings.model_config()
-    pace = measure_pace(new_model(config, seed=SEED), next(data.random_windows(text.train, settings.pretraining, seed=SEED)))
+    pace = measure_pace(
+        new_model(config, device, seed=SEED), next(data.random_windows(text.train, settings.pretraining, seed=SEED))
+    )
     phase = pace.fit(settings.pretraining, settings.pretraining_seconds)
     losses, states = {}, {}
     for kind in (torch.optim.AdamW, q_optim.AdamW8bit):
         name = kind.__name__
-        model = new_model(config, seed=SEED)
+        model = new_model(config, device, seed=SEED)
         optimizer = kind(model.parameters(), lr=phase.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
         losses[name] = train(
             model, optimizer, data.random_windows(text.train, phase, seed=SEED), phase, autocast=pace.autocast, title=name
@@ -144,9 +146,9 @@ def serve(model: LlamaForCausalLM, text: Text, settings: Settings, output: Path)
     q_nn.save_pretrained(model, directory)
     text.tokenizer.save_pretrained(directory)
     prompts = text.prompts(serving.CONCURRENT)
-    with serving.serve(directory, output / "server.log") as address:
+    with serving.serve(directory, model.device, output / "server.log") as address:
         answers = serving.ask(
             address, prompts, max_tokens=settings.answer_tokens, sample_prompt=SAMPLE_PROMPT, sample_tokens=SAMPLE_TOKENS
         )
-    oracle = Oracle(directory, max_tokens=settings.answer_tokens)
+    oracle = Oracle(directory, model.device, max_tokens=settings.answer_tokens)
     return answers, differing_answers(answers, oracle, prompts)

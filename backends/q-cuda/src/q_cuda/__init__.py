@@ -1,1 +1,1 @@
-"""The q backend for NVIDIA GPUs (CUDA). It finds its devices; it carries no ops yet, so the reference serves them there."""
+"""The q backend for NVIDIA GPUs (CUDA). It finds its devices, and serves the ops with q_triton's kernels and tiles of its own."""

@@ -1,6 +1,7 @@
 """Portable Triton kernels for the q backends of GPUs: a library, with no plugin of its own.
 
-No kernel is in it yet. What it has is what the backends ask before they would run one: whether Triton can be imported here
+The ops' host functions are in a module a family (:data:`q_triton.plugins.FAMILIES`), their kernels in :mod:`q_triton.kernels`; how a
+kernel's work is cut on a target, in :mod:`q_triton.tiles`. Importing this imports no Triton: a backend first asks whether it can be
 (:func:`availability`), and which platform this torch was built for (:func:`platform_mismatch`).
 """
 

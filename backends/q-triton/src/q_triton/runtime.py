@@ -18,7 +18,8 @@ def availability() -> Availability:
         the backends' probes to say.
     """
     if importlib.util.find_spec("triton") is None:
-        return Availability(False, "Triton is not installed; torch's builds for GPUs bring it along")
+        advice = "torch's builds for GPUs bring it along; to interpret kernels on a CPU, pip install 'q-triton[interpreter]'"
+        return Availability(False, f"Triton is not installed: {advice}")
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
