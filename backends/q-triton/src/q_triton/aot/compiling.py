@@ -22,7 +22,7 @@ _POINTERS = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 _ALIGNED = [["tt.divisibility", 16]]
 _BELOW_2GB = [["tt.pointer_range", 32]]  # AMD's loads through buffers take offsets of 32 bits
