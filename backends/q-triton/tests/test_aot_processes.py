@@ -15,7 +15,7 @@ from q_triton.aot.processes import Failure, in_processes
 def work(job: str) -> int:
     match job:
         case "raise":
-            raise ValueError("what is wrong")
+            raise ValueError("it is wrong") from KeyError("where")
         case "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
@@ -29,7 +29,7 @@ def test_each_job_ends_in_its_own_way() -> None:
     assert {job: one.result for job, one in done.items()} == {
         "a": 1,
         "bcd": 3,
-        "raise": Failure("ValueError: what is wrong"),
+        "raise": Failure("ValueError: it is wrong\nfrom KeyError: 'where'"),
         "crash": Failure(f"the process ended with -{int(signal.SIGKILL)}"),
         "hang": Failure("not done after 2 s"),
     }

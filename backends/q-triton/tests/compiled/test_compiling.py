@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -75,6 +75,17 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+class Settings(NamedTuple):
+    first: float
+    second: float
+
+
+@triton.jit(do_not_specialize=["starts"])
+def several_kernel(xs, h, starts, counts, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(xs[0] + at, tl.load(xs[1] + at) * h.first + starts[0] + counts[1])
+
+
 def recording(arguments: dict[str, Any]) -> Launch:
     seen: list[Launch] = []
     usual = {
@@ -91,6 +102,15 @@ def recording(arguments: dict[str, Any]) -> Launch:
 @pytest.mark.parametrize("name", CALLS)
 def test_specialized_as_triton_would(name: str, target: Target) -> None:
     assert_as_triton_would(recording(CALLS[name]), target)
+
+
+@pytest.mark.parametrize("target", [SM_90, GFX942], ids=lambda target: target.name)
+def test_tuples_are_specialized_item_by_item(target: Target) -> None:
+    seen: list[Launch] = []
+    xs = (tensor(64), tensor(64, dtype=torch.float32, offset=1), tensor(64))
+    with recorded(seen.append):
+        launch(several_kernel, (1,), tile(N=64), xs=xs, h=Settings(0.5, 1.0), starts=(0, 1, 16), counts=(1, 5, 32))
+    assert_as_triton_would(seen[0], target)
 
 
 def test_more_than_two_gigabytes_are_another_kernel_on_amd() -> None:
