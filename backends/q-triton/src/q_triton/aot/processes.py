@@ -82,8 +82,14 @@ def _work(work: Callable[[Job], Result], job: Job, sender: Connection) -> None:
     try:
         result = work(job)
     except Exception as error:
-        result = Failure(f"{type(error).__name__}: {error}")
+        result = Failure(_reason(error))
     sender.send(result)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, and what the error says that it was raised from: the compiler's own words are at the end of a chain."""
+    reason = f"{type(error).__name__}: {error}"
+    return reason if error.__cause__ is None else f"{reason}\nfrom {_reason(error.__cause__)}"
 
 
 def _received(connection: Connection, process: BaseProcess) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -87,14 +87,24 @@ def _labelled(target: Target, found: list[tuple[Launch, str]]) -> list[Variant]:
 def label_of(launch: Launch, target: Target) -> str:
     """A launch's types, constants and tile in short: ``5 bf16; ADD=1 BLOCK_K=4096; 8 warps``."""
     source = source_of(launch, target)
-    pointers = [kind.removeprefix("*") for kind in source.signature.values() if kind.startswith("*")]
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(pointers)]
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(_pointers(source.signature.values()))]
     types = " ".join(kind if count == 1 else f"{count} {kind}" for kind, count in runs)
     names = list(source.signature)
-    constants = " ".join(f"{names[place]}={_short(value)}" for (place,), value in source.constants.items())
+    # What is None shows in the types; of a tuple's items none is worth its place here.
+    known = {names[place[0]]: value for place, value in source.constants.items() if value is not None and len(place) == 1}
+    constants = " ".join(f"{name}={_short(value)}" for name, value in known.items())
     tile = launch.tile
     way = f"{tile.warps} warps" + (f" {tile.stages} stages" if tile.stages > 1 else "") + (" exact" if launch.exact else "")
     return "; ".join(part for part in (types, constants, way) if part)
+
+
+def _pointers(types: Iterable[Any]) -> Iterator[str]:
+    """What the pointers among an argument's types point to, those in tuples too."""
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from _pointers(kind)
+        elif kind.startswith("*"):
+            yield kind.removeprefix("*")
 
 
 def _short(value: Any) -> str:

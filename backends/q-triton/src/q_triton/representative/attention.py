@@ -38,7 +38,7 @@ def _cache(values: Values, B: int, heads: Heads, dtype: torch.dtype) -> tuple[Te
 def write_kv(values: Values) -> Calls:
     for T, heads, dtype, cache in (
         (64, LLAMA, BF16, BF16), (4096, LLAMA, BF16, INT8), (4096, LLAMA, BF16, FP8), (4096, GPT_OSS, BF16, BF16),
-        (4096, GPT_OSS, BF16, FP8), (64, GEMMA, BF16, INT8), (64, PHI, F32, F32),
+        (64, GEMMA, BF16, INT8), (64, PHI, F32, F32),
     ):  # fmt: skip
         B = 8192 // S
         (k_cache, k_scale), (v_cache, v_scale) = (_cache(values, B, heads, cache) for _ in "kv")
@@ -72,6 +72,7 @@ def paged_attention(values: Values) -> Calls:
     yield _attend(values, DECODE, LLAMA, cache=INT8)
     yield _attend(values, DECODE, LLAMA, cache=FP8)
     yield _attend(values, DECODE, LLAMA, dtype=F32)
+    yield _attend(values, DECODE, GEMMA, dtype=F32)
     yield _attend(values, PREFILL, LLAMA)
     yield _attend(values, PREFILL, LLAMA, causal=False)
     yield _attend(values, PREFILL, PHI)
@@ -80,6 +81,7 @@ def paged_attention(values: Values) -> Calls:
     yield _attend(values, PREFILL, LLAMA, cache=INT8)
     yield _attend(values, PREFILL, LLAMA, cache=FP8)
     yield _attend(values, PREFILL, LLAMA, dtype=F32)
+    yield _attend(values, PREFILL, GEMMA, dtype=F32)
     yield _attend(values, CHUNK, LLAMA)
 
 

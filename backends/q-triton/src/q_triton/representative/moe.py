@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q_core.experts import EXPERT_FORMATS, FOUR_BIT_FORMATS, ROW_FORMATS
-from q_triton.representative.values import BF16, F16, F32, FP8, INT8, TITLES, Calls, Values, four_bit_blocksize
+from q_core.experts import FOUR_BIT_FORMATS, ROW_FORMATS
+from q_triton.representative.values import BF16, F32, FP8, INT8, TITLES, Calls, Values, four_bit_blocksize
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ MIXTRAL, QWEN = Experts(8, 2, 4096, 14336), Experts(128, 8, 2048, 768)
 def route_topk(values: Values) -> Calls:
     for T, E, k, renormalize, scoring, dtype in (
         (2048, 8, 2, True, "softmax", BF16), (2048, 128, 8, True, "softmax", BF16), (2048, 256, 8, True, "sigmoid", F32),
-        (2048, 32, 4, False, "softmax", F32),
+        (2048, 512, 10, True, "softmax", BF16), (2048, 4096, 8, False, "softmax", F32),
     ):  # fmt: skip
         yield f"{k} of {E}, {scoring}{', renormalized' * renormalize}, {TITLES[dtype]}", {
             "logits_TE": values.normal(T, E, dtype=dtype), "k": k, "renormalize": renormalize, "scoring": scoring,
@@ -44,9 +44,9 @@ def _weight(values: Values, E: int, rows: int, columns: int, format: str, dtype:
 
 def fused_moe(values: Values) -> Calls:
     for T, experts, format, dtype in (
-        *((T, QWEN, "dense", BF16) for T in (1, 16, 64, 512, 4096)), (16, MIXTRAL, "dense", BF16), (4096, MIXTRAL, "dense", BF16),
-        *((T, QWEN, format, BF16) for format in EXPERT_FORMATS[1:] for T in (1, 4096)),
-        (512, QWEN, "dense", F16), (1, QWEN, "dense", F32), (512, QWEN, "dense", F32), (512, QWEN, "nf4", F32),
+        *((T, QWEN, "dense", BF16) for T in (1, 16, 64, 512, 4096)), (1, MIXTRAL, "dense", BF16), (1, QWEN, "int8", BF16),
+        (512, QWEN, "fp8", BF16), *((T, QWEN, "nf4", BF16) for T in (1, 4096)), (1, QWEN, "fp4", BF16), (1, QWEN, "int4", BF16),
+        (512, QWEN, "mxfp4", BF16), (4096, QWEN, "nvfp4", BF16), (1, QWEN, "dense", F32), (4096, QWEN, "dense", F32),
     ):  # fmt: skip
         w13, w13_scale = _weight(values, experts.E, 2 * experts.N, experts.K, format, dtype)
         w2, w2_scale = _weight(values, experts.E, experts.K, experts.N, format, dtype)

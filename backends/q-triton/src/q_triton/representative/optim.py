@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from q_core.optimizers import ALL_STATES, RULES, SETTINGS
 from q_core.record import Arguments
 from q_triton.representative.values import BF16, F32, TITLES, Calls, Values
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096,))
+LARGE = ((14336, 4096),)
+LAYER = (*LARGE, (4096,), (4096,))
+"""With the weights of norms, which are updated together."""
 BLOCKSIZE = 256
 VALUES: dict[str, Any] = {
     "beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8, "dampening": 0.0, "nesterov": False,
@@ -20,44 +23,56 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _steps() -> Iterator[tuple[str, torch.dtype, dict[str, Any]]]:
-    """Rules with what differs from the usual."""
-    for name in RULES:
-        yield name, BF16, {}
-    yield "adamw", F32, {}
-    yield "sgd", BF16, {"beta1": 0.0}
-    yield "rmsprop", BF16, {"beta1": 0.0}
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A rule with what differs from the usual."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...] = LARGE
+    dtype: torch.dtype = BF16
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        changes = (f"{setting}={value}" for setting, value in self.changes.items())
+        return ", ".join((self.name, f"{len(self.shapes)} tensors", TITLES[self.dtype], *changes))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        used = RULES[self.name].settings
+        return {name: VALUES[name] if name in used else type(VALUES[name])() for name in SETTINGS} | dict(self.changes)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return RULES[self.name].names(self.settings["beta1"])
+
+    def arguments(self, values: Values) -> Arguments:
+        """Those that don't depend on how the states are held."""
+        params, grads = ([values.normal(*shape, dtype=self.dtype) for shape in self.shapes] for _ in range(2))
+        given = {"name": self.name, "params": params, "grads": grads, "skipped": [], "lr": 1e-3, "weight_decay": 0.01, "step": 2}
+        return given | self.settings
 
 
-def _step(values: Values, name: str, dtype: torch.dtype, changes: dict[str, Any]) -> tuple[str, Arguments, tuple[str, ...]]:
-    """A title, the arguments that don't depend on how the states are held, and which states there are."""
-    settings = {
-        setting: VALUES[setting] if setting in RULES[name].settings else type(VALUES[setting])() for setting in SETTINGS
-    } | changes
-    title = ", ".join((name, TITLES[dtype], *(f"{setting}={value}" for setting, value in changes.items())))
-    call = {argument: [values.normal(*shape, dtype=dtype) for shape in SHAPES] for argument in ("params", "grads")}
-    return (
-        title,
-        {"name": name, **call, "skipped": [], "lr": 1e-3, "weight_decay": 0.01, "step": 2, **settings},
-        RULES[name].names(settings["beta1"]),
-    )
+STEPS = (
+    *(Step(name) for name in RULES), Step("adamw", LAYER), Step("lamb", LAYER), Step("adamw", dtype=F32),
+    Step("sgd", changes={"beta1": 0.0}), Step("rmsprop", changes={"beta1": 0.0}),
+)  # fmt: skip
 
 
 def optimizer_step_8bit(values: Values) -> Calls:
-    for name, dtype, changes in _steps():
-        title, call, kept = _step(values, name, dtype, changes)
+    for step in STEPS:
+        call = step.arguments(values)
         for i, state in enumerate(ALL_STATES, 1):
-            held = SHAPES if state in kept else ()
+            held = step.shapes if state in step.states else ()
             call[state] = [values.packed(*shape) for shape in held]
             call[f"absmax{i}"] = [values.uniform(torch.Size(shape).numel() // BLOCKSIZE) for shape in held]
         code1, code2 = (dynamic_map(signed=signed, device=values.device) for signed in (True, False))
-        yield title, call | {"code1": code1, "code2": code2, "blocksize": BLOCKSIZE}
+        yield step.title, call | {"code1": code1, "code2": code2, "blocksize": BLOCKSIZE}
 
 
 def optimizer_step_32bit(values: Values) -> Calls:
-    for name, dtype, changes in _steps():
-        title, call, kept = _step(values, name, dtype, changes)
+    for step in STEPS:
+        call = step.arguments(values)
         for state in ALL_STATES:
-            make = values.uniform if state == "state2" else values.normal
-            call[state] = [make(*shape).float() for shape in SHAPES] if state in kept else []
-        yield title, call
+            call[state] = [values.uniform(*shape) for shape in step.shapes] if state in step.states else []
+        yield step.title, call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from q_core.formats.codebooks import FOUR_BIT_BOOKS, dynamic_map
-from q_triton.representative.values import BF16, F16, F32, TITLES, Calls, Values, four_bit_blocksize
+from q_triton.representative.values import BF16, F32, TITLES, Calls, Values, four_bit_blocksize
 
 WEIGHT = (4096, 14336)
 
@@ -13,7 +13,7 @@ def _blocks(blocksize: int) -> int:
 
 
 def quantize_blockwise(values: Values) -> Calls:
-    for blocksize, dtype in ((256, BF16), (32, BF16), (64, BF16), (4096, BF16), (256, F16), (256, F32)):
+    for blocksize, dtype in ((256, BF16), (64, BF16), (4096, BF16), (256, F32)):
         yield f"blocks of {blocksize}, {TITLES[dtype]}", {
             "A": values.normal(*WEIGHT, dtype=dtype), "code": dynamic_map(signed=True, device=values.device), "blocksize": blocksize,
         }  # fmt: skip
@@ -29,7 +29,7 @@ def dequantize_blockwise(values: Values) -> Calls:
 
 def quantize_4bit(values: Values) -> Calls:
     settings = [(quant_type, four_bit_blocksize(quant_type), BF16) for quant_type in FOUR_BIT_BOOKS]
-    for quant_type, blocksize, dtype in (*settings, ("nf4", 32, BF16), ("nf4", 256, BF16), ("nf4", 4096, BF16), ("nf4", 64, F32)):
+    for quant_type, blocksize, dtype in (*settings, ("nf4", 4096, BF16), ("nf4", 64, F32)):
         yield f"{quant_type}, blocks of {blocksize}, {TITLES[dtype]}", {
             "A": values.normal(*WEIGHT, dtype=dtype), "blocksize": blocksize, "quant_type": quant_type,
         }  # fmt: skip
@@ -46,7 +46,8 @@ def dequantize_4bit(values: Values) -> Calls:
 
 def quantize_int8_rowwise(values: Values) -> Calls:
     for T, K, dtype, threshold in (
-        (16, 4096, BF16, 0.0), (2048, 4096, BF16, 0.0), (2048, 4096, BF16, 6.0), (2048, 14336, BF16, 0.0), (2048, 4096, F32, 6.0),
+        (65536, 128, BF16, 0.0), (2048, 1024, BF16, 0.0), (2048, 4096, BF16, 0.0), (2048, 4096, BF16, 6.0), (2048, 14336, BF16, 0.0),
+        (2048, 4096, F32, 6.0),
     ):  # fmt: skip
         yield f"{T} rows of {K}, threshold {threshold}, {TITLES[dtype]}", {
             "A_TK": values.normal(T, K, dtype=dtype), "threshold": threshold,
