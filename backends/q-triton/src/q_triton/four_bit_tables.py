@@ -13,7 +13,7 @@ BUCKETS = 64
 
 
 def _buckets(x: Tensor) -> Tensor:
-    """The bucket that each x belongs to, by the operations of :func:`q_triton.kernels.search.nearest_4bit`.
+    """The bucket that each x belongs to, by the operations of :func:`q_triton.kernels.search.encode_4bit`.
 
     They are monotone. So a midpoint in a lower bucket is below x and one in a higher bucket above it, however x + 6 was rounded.
     """
@@ -22,7 +22,7 @@ def _buckets(x: Tensor) -> Tensor:
 
 @functools.cache
 def four_bit_table(quant_type: str, device: torch.device) -> Tensor:
-    """int64 [64] on a device: the bits of the midpoint in a bucket, or of infinity, and from bit 32 the code below, from bit 36 that above.
+    """int64 [64] on a device: the bits of the midpoint in a bucket, or of infinity; from bit 32 the code below; from bit 40 that above.
 
     Shared, not to be written to.
     """
@@ -36,5 +36,5 @@ def four_bit_table(quant_type: str, device: torch.device) -> Tensor:
         inside = torch.full((BUCKETS,), torch.inf).index_copy(0, buckets.long(), midpoints)
         below = torch.bucketize(torch.arange(BUCKETS), buckets)
         above = (below + 1).clamp(max=len(codes) - 1)
-        table = inside.view(torch.int32).long() & 0xFFFFFFFF | codes[below] << 32 | codes[above] << 36
+        table = inside.view(torch.int32).long() & 0xFFFFFFFF | codes[below] << 32 | codes[above] << 40
         return table.to(device)

@@ -22,8 +22,8 @@ from q_triton.launch import launch
 from q_triton.shapes import ceil_div, rows_of
 from q_triton.tiles import Tile, Tiles, tile
 
-SEARCH_TABLE = Tiles("search_table", (tile(BLOCK=512, warps=4),))
-QUANTIZE_BLOCKWISE = Tiles("quantize_blockwise", (tile(BLOCK=4096, warps=4),))
+SEARCH_TABLE = Tiles("search_table", (tile(BLOCK=1024, warps=8),))
+QUANTIZE_BLOCKWISE = Tiles("quantize_blockwise", (tile(BLOCK=2048, warps=4),))
 DEQUANTIZE_BLOCKWISE = Tiles("dequantize_blockwise", (tile(BLOCK=4096, warps=4),))
 LARGEST_ABSMAX = Tiles("largest_absmax", (tile(BLOCK=8192, warps=8),))
 QUANTIZE_4BIT = Tiles("quantize_4bit", (tile(BLOCK=4096, warps=4),))
@@ -47,8 +47,9 @@ PARTS = 512
 
 
 def _in_whole_blocks(chosen: Tile, blocksize: int) -> Tile:
-    """The tile with a BLOCK that holds a block at least."""
-    return Tile({"BLOCK": max(chosen.blocks["BLOCK"], blocksize)}, chosen.warps, chosen.stages)
+    """The tile, or one so many times as large, warps and all, that it holds a block."""
+    times = ceil_div(blocksize, chosen.blocks["BLOCK"])
+    return chosen if times == 1 else Tile({"BLOCK": times * chosen.blocks["BLOCK"]}, times * chosen.warps, chosen.stages)
 
 
 def search_table(book: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     chosen = _in_whole_blocks(DEQUANTIZE_BLOCKWISE.on(codes.device), blocksize)
     launch(
-        dequantize_blockwise_kernel, (ceil_div(out.numel(), chosen.blocks["BLOCK"]),), chosen, exact=True,
+        dequantize_blockwise_kernel, (ceil_div(out.numel(), chosen.blocks["BLOCK"]),), chosen,
         codes=codes.contiguous(), absmax=absmax.contiguous(), book=code.contiguous(), out=out, numel=out.numel(), SIZE=blocksize,
     )  # fmt: skip
     return out
@@ -124,7 +125,7 @@ def dequantize_4bit(
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     chosen = _in_whole_blocks(DEQUANTIZE_4BIT.on(packed.device), blocksize)
     launch(
-        dequantize_4bit_kernel, (ceil_div(out.numel(), chosen.blocks["BLOCK"]),), chosen, exact=True,
+        dequantize_4bit_kernel, (ceil_div(out.numel(), chosen.blocks["BLOCK"]),), chosen,
         packed=packed.contiguous(), absmax=absmax.contiguous(), book=book_tensor(quant_type, packed.device), out=out,
         numel=out.numel(), size=packed.numel(), SIZE=blocksize,
     )  # fmt: skip

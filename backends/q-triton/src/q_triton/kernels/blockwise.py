@@ -42,5 +42,5 @@ def dequantize_blockwise_kernel(codes, absmax, book, out, numel, SIZE: tl.conste
     mask = element < rest
     code = tl.load(codes + start + element, mask, 0, eviction_policy="evict_first").to(tl.int32)
     scale = tl.load(absmax + start // SIZE + blocks, blocks * SIZE < rest, 0.0)
-    value = tl.load(book + code, mask, 0.0) * scale[:, None]
+    value = tl.load(book + code) * scale[:, None]
     tl.store(out + start + element, value.to(out.dtype.element_ty), mask)

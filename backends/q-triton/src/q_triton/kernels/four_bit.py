@@ -7,7 +7,7 @@ import triton.language as tl
 
 from q_triton.kernels.codes import from_bits, nibbles
 from q_triton.kernels.scales import INFINITY, absmax_bits, e4m3_scale, power_of_two_scale, scaled
-from q_triton.kernels.search import nearest_4bit
+from q_triton.kernels.search import encode_4bit
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def largest_absmax_kernel(x, largest, numel, SIZE: tl.constexpr, BLOCK: tl.const
     tl.store(largest + tl.program_id(0), tl.max(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def quantize_4bit_kernel(
     x, table, packed, absmax, largest, numel, size, parts, PARTS: tl.constexpr, RULE: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -41,10 +41,9 @@ def quantize_4bit_kernel(
     if RULE == "e4m3":
         bits = e4m3_scale(bits, from_bits(tl.max(tl.load(largest + tl.arange(0, PARTS), tl.arange(0, PARTS) < parts, 0), 0)))
     tl.store(absmax + start // SIZE + blocks, from_bits(bits), blocks * SIZE < rest)
-    code = nearest_4bit(scaled(value, bits), table)
-    high, low = tl.split(tl.reshape(code, (BLOCK // SIZE, SIZE // 2, 2)))
+    pairs = encode_4bit(scaled(value, bits), table, BLOCK // SIZE, SIZE)
     byte = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
-    tl.store(packed + start // 2 + byte, ((high << 4) | low).to(tl.uint8), byte < rest_bytes)
+    tl.store(packed + start // 2 + byte, pairs, byte < rest_bytes)
 
 
 @triton.jit

@@ -21,19 +21,14 @@ def midpoint(a, b):
 
 @triton.jit
 def nearest(x, book, entries):
-    """Index (int32) of the entry nearest to each x, which isn't NaN, in an ascending book of 2 to 256 float32 entries.
-
-    With ``below`` the number of entries less than x, every midpoint of two of those is less than x too, and every one of two others
-    isn't: only that of the last of the former and the first of the latter is to be compared.
-    """
-    below = tl.zeros_like(x).to(tl.int32)
-    for step in tl.static_range(8):
-        middle = below + (128 >> step)
-        below = tl.where(tl.load(book + middle - 1, middle <= entries, float("inf")) < x, middle, below)
-    lower = tl.load(book + below - 1, below > 0, 0.0)
-    upper = tl.load(book + below, below < entries, 0.0)
-    is_between = (below > 0) & (below < entries)
-    return tl.where(below > 0, below - 1, 0) + (is_between & (midpoint(lower, upper) < x)).to(tl.int32)
+    """Index (int32) of the entry nearest to each x, which isn't NaN, in an ascending book of 2 to 256 float32 entries."""
+    index = tl.zeros_like(x).to(tl.int32)
+    for step in range(8):
+        middle = index + (128 >> step)
+        is_entry = middle < entries
+        bound = midpoint(tl.load(book + middle - 1, is_entry, 0.0), tl.load(book + middle, is_entry, 0.0))
+        index = tl.where(is_entry & (bound < x), middle, index)
+    return index
 
 
 @triton.jit
@@ -51,7 +46,7 @@ def from_ordered_bits(ordered):
 
 @triton.jit
 def search_table_kernel(book, table, entries, BLOCK: tl.constexpr):
-    """BLOCK entries of the table, int32 [TABLE], of a book.
+    """BLOCK entries of the table, int32 [2^15], of a book.
 
     x belongs to a bucket by the highest 15 bits of it (as ordered_bits has them), or 16 where two midpoints would share a bucket; its other
     bits are its place there. A bucket's entry is the number of midpoints below all of it (8 bits), followed by what is to be added to a
@@ -90,13 +85,16 @@ def nearest_by_table(x, table, place_bits):
 
 
 @triton.jit
-def nearest_4bit(x, table):
-    """Code (int32) of the entry nearest to each x, between -2 and 2, by a table of :func:`q_triton.four_bit_tables.four_bit_table`.
+def encode_4bit(x, table, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes of the entries nearest to x [ROWS, COLUMNS], between -2 and 2, two a byte (uint8 [ROWS, COLUMNS / 2]), the first one high.
 
-    x belongs to one of 64 equal buckets, by the highest bits of x + 6. A bucket's entry holds the midpoint inside, the code below and the
-    code above it.
+    The table is one of :func:`q_triton.four_bit_tables.four_bit_table`. x belongs to one of 64 equal buckets, by the highest bits of x + 6.
+    A bucket's entry holds the midpoint inside, the code below it and, a byte further up, the code above it.
     """
-    bucket = ((x + 6.0).to(tl.int32, bitcast=True) >> 17) - 0x2040
-    entry = tl.load(table + bucket)
-    codes = (entry >> 32).to(tl.int32)
-    return tl.where(x > from_bits(entry.to(tl.int32)), codes >> 4, codes) & 0xF
+    bucket = (x + 6.0).to(tl.uint32, bitcast=True) >> 17
+    entry = tl.load(table + bucket - 0x2040)
+    codes = (entry >> 32).to(tl.uint32)
+    codes = tl.where(x > from_bits(entry.to(tl.int32)), codes >> 8, codes)
+    high, low = tl.split(tl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
+    # What lies above a nibble, of codes that aren't the nearest, is cut off.
+    return ((high << 4) + low).to(tl.uint8)
