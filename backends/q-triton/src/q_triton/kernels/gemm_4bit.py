@@ -1,24 +1,28 @@
-"""Products with a 4-bit weight. T tokens, N out features, K in features, S parts of K."""
+"""Products with a 4-bit weight whose rows are aligned, as :mod:`q_triton.kernels.four_bit_weights` says.
+
+T tokens, N out features, K in features, S parts of K. To decode a code takes three operations and to move it no more than half a byte, so
+that it is the operations that few tokens wait for.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from q_triton.kernels.four_bit_weights import decode_4bit_codes, decode_4bit_tile
+from q_triton.kernels.four_bit_weights import decode_4bit_codes, decode_4bit_tile, look_up, look_up_table
 
 
 @triton.jit(do_not_specialize=["T"])
 def gemm_4bit_kernel(
     x, packed, absmax, book, bias, out, T, N, K, x_stride,
-    BLOCKSIZE: tl.constexpr, ALIGNED: tl.constexpr, SCALE_AFTER: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, SCALE_AFTER: tl.constexpr, PARTIAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens by BLOCK_N features, of one of as many parts of K as the grid's second axis has: the sum stays in registers.
 
     The weight is the left operand: its rows are many, however few the tokens. ``PARTIAL`` sums are written as float32 [S, T, N] for
-    :func:`sum_parts_kernel`, without the bias. With ``SCALE_AFTER``, where a row takes whole blocks and BLOCK_K is at most BLOCKSIZE,
-    values are multiplied as the book has them, and each sum of products by the scale: fewer multiplications where BLOCK_T is below BLOCKSIZE.
+    :func:`sum_parts_kernel`, without the bias. With ``SCALE_AFTER``, where a row takes whole blocks and BLOCK_K divides BLOCKSIZE, values
+    are multiplied as the book has them, and their sums by the scale: that takes fewer operations where BLOCK_T is below BLOCKSIZE.
     """
     # Programs with the same rows of the weight run together, so that the cache has them for the second.
     token_blocks = tl.cdiv(T, BLOCK_T)
@@ -39,7 +43,7 @@ def gemm_4bit_kernel(
             scales = tl.load(absmax + rows * (K // BLOCKSIZE) + start // BLOCKSIZE, in_rows, 0.0)
             sums += tl.dot(weight.to(x_tile.dtype), x_tile.trans(), input_precision="ieee") * scales
         else:
-            weight = decode_4bit_tile(packed, absmax, book, rows, in_rows, start, K, BLOCKSIZE, BLOCK_K, ALIGNED)
+            weight = decode_4bit_tile(packed, absmax, book, rows, in_rows, start, K, BLOCKSIZE, BLOCK_K, True)
             sums = tl.dot(weight.to(x_tile.dtype), x_tile.trans(), sums, input_precision="ieee")
     at = tokens.to(tl.int64)[:, None] * N + features[None, :]
     mask = in_tokens & (features < N)[None, :]
@@ -50,6 +54,43 @@ def gemm_4bit_kernel(
         if bias is not None:
             result += tl.load(bias + features, features < N, 0.0).to(tl.float32)[None, :]
         tl.store(out + at, result.to(out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["row_words"])
+def gemv_4bit_kernel(
+    x, packed, absmax, book, bias, out, N, K, row_words,
+    BLOCKSIZE: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N features of one token, over all of K: no sum leaves its thread before the end. Rows take whole blocks.
+
+    ``row_words`` is K / 8. It isn't specialized, because a compiler that knows rows to be aligned reads four words a thread, and the table
+    is looked up with one.
+    """
+    WORDS: tl.constexpr = BLOCK_K // 8
+    lanes = tl.arange(0, WORDS)[None, :]
+    block_rows = tl.arange(0, BLOCK_N)[:, None]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    in_rows = first + block_rows < N
+    row_blocks = K // BLOCKSIZE
+    words_at = packed.to(tl.pointer_type(tl.int32)) + first * row_words + block_rows.to(tl.int64) * row_words
+    scales_at = absmax + first * row_blocks + block_rows.to(tl.int64) * row_blocks
+    table = look_up_table(book, BLOCK_N)
+    sums = tl.zeros((BLOCK_N, WORDS), tl.float32)
+    for start in tl.range(0, row_words, WORDS, num_stages=STAGES):
+        columns = start + lanes
+        mask = columns < row_words
+        words = tl.load(words_at + columns, in_rows & mask, 0)
+        scales = tl.load(scales_at + columns * 8 // BLOCKSIZE, in_rows & mask, 0.0)
+        of_word = tl.zeros((BLOCK_N, WORDS), tl.float32)
+        for element in tl.static_range(8):
+            value = tl.load(x + columns * 8 + element, mask, 0.0).to(tl.float32)
+            of_word += look_up(words, table, element) * value
+        sums += of_word * scales
+    features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    result = tl.sum(sums, 1)
+    if bias is not None:
+        result += tl.load(bias + features, features < N, 0.0).to(tl.float32)
+    tl.store(out + features, result.to(out.dtype.element_ty), features < N)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
