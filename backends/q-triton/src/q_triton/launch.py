@@ -67,9 +67,14 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *, exact: bool = Fals
     if _recorder is not None:
         _recorder(Launch(kernel, grid, tile, exact, arguments))
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with _current(device):
+    with _current(_device_of(arguments)):
         kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=not exact)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Where the tensors are, which stand alone or in tuples, an entry a tensor that one launch works on."""
+    firsts = (value[0] if isinstance(value, tuple) else value for value in arguments.values())
+    return next(value.device for value in firsts if isinstance(value, Tensor))
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

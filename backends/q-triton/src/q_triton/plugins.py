@@ -14,7 +14,7 @@ from q_triton.environment import interpreted_target
 from q_triton.platforms import Platform, platform_mismatch
 from q_triton.runtime import availability
 
-FAMILIES = ("q_triton.quantize", "q_triton.norm")
+FAMILIES = ("q_triton.quantize", "q_triton.norm", "q_triton.optim")
 """Modules with the implementations of the surface's ops."""
 
 

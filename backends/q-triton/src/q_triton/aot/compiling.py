@@ -42,28 +42,32 @@ def compiler_target(target: Target) -> GPUTarget:
 
 def source_of(launch: Launch) -> ASTSource:
     """A launch's kernel with the types of its arguments, specialized as a call would be: on 1, on multiples of 16, on constants."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    given = {**launch.arguments, **launch.tile.blocks}
-    for parameter in launch.kernel.params:
-        name, value, place = parameter.name, given[parameter.name], (parameter.num,)
-        constant = (
-            parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-        )
-        if constant:
-            signature[name], constants[place] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = _POINTERS[value.dtype]
+
+    def typed(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
+        """A value's type in Triton's words; what it is known for besides goes to the other two."""
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            types = [typed(part, (*place, i), parameter) for i, part in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
             attributes[place] = _ALIGNED  # torch's memory is; a view's offset may not be, and makes another kernel
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            return _POINTERS[value.dtype]
+        if isinstance(value, bool):
+            return "u1"
+        if isinstance(value, int):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[place] = _ALIGNED
-        else:
-            signature[name] = "fp32"
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    given = {**launch.arguments, **launch.tile.blocks}
+    for parameter in launch.kernel.params:
+        signature[parameter.name] = typed(given[parameter.name], (parameter.num,), parameter)
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
