@@ -85,6 +85,19 @@ def _no_bfloat16_in(check: Callable[..., None]) -> Callable[..., None]:
     return refuse_bfloat16
 
 
+def _patched_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A helper is called as it is: what its first call patches stays, and to patch it again takes longer than most helpers."""
+    patched: set[Callable[..., Any]] = set()
+
+    def call_helper(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.fn in patched:
+            return self.rewrite()(*arguments, **options)
+        patched.add(self.fn)
+        return call(self, *arguments, **options)
+
+    return call_helper
+
+
 def install() -> None:
     """Mend the interpreter of this process; a second call changes nothing.
 
@@ -113,4 +126,5 @@ def install() -> None:
         setattr(builder, name, _refusing(name, getattr(builder, name)))
     for name in _FROM_INTEGER:
         setattr(builder, name, _not_to_bfloat16(getattr(builder, name)))
+    interpreter.InterpretedFunction.__call__ = _patched_once(interpreter.InterpretedFunction.__call__)
     builder.q_mended = True
