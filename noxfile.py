@@ -117,12 +117,32 @@ def bench_dispatch(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure every op and module beside its peers; writes build/bench/cpu.json. With ``-- --pages docs/benchmarks``, pages too."""
+    """Measure every op and module beside its peers; writes build/bench/cpu.json. With ``-- --pages docs/benchmarks``, pages too.
+
+    ``-- gpu`` measures a GPU instead, and writes build/bench/gpu.json; with ``--page docs/benchmarks/gpu.md``, a page of it.
+    """
     install_wheels(session, "bench")
+    if session.posargs[:1] == ["gpu"]:
+        output = BUILD.absolute() / "bench" / "gpu.json"
+        arguments = ["--output", str(output), *session.posargs[1:]]
+        session.run("python", "-m", "benchmarks.gpu", *arguments, env={"PYTHONPATH": "integration_tests"})
+        return
     output = BUILD.absolute() / "bench" / "cpu.json"
     # Freed memory is kept: else each large output, ours or a peer's, costs more in fresh pages than in computing.
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "PYTHONPATH": "integration_tests"}
     session.run("python", "-m", "benchmarks", "--output", str(output), *session.posargs, env=kept)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Show what holds on this machine's GPU: conformance, tests, the demo, the benchmark; writes build/gpu.
+
+    Arguments after ``--`` go to ``python -m gpu``: ``--steps tests:graphs``, ``--backend q_rocm``, ``--device xpu --backend q_xpu``.
+    """
+    install_wheels(session, "tests")
+    output = BUILD.absolute() / "gpu"
+    command = ["python", "-m", "gpu", "--installed", "--output", str(output)]
+    session.run(*command, *session.posargs, env={"PYTHONPATH": "integration_tests"})
 
 
 @nox.session

@@ -16,7 +16,7 @@ from gpu.running import run_all
 from q_core.specs import RECORDS
 
 HERE = Path(__file__).parent
-SETTING = Setting("python", "cuda:0", "q_cuda", Path("out"))
+SETTING = Setting("python", "cuda:0", "q_cuda", Path("out"), Path("scratch"))
 
 
 def test_every_op_family_and_test_has_a_job() -> None:
@@ -52,7 +52,7 @@ def test_what_a_job_does_stops_no_other(tmp_path: Path) -> None:
     ]
     start = time.monotonic()
     log = tmp_path / "log.txt"
-    results = list(run_all(given, python=sys.executable, environment={"COLOUR": "blue"}, log=log, at_once=2))
+    results = list(run_all(given, python=sys.executable, environment={"COLOUR": "blue"}, log=log, at_once=2, within=60))
     assert time.monotonic() - start < 40
     assert [(result.name, result.status) for result in results] == [
         ("good", "passed"),
@@ -64,3 +64,9 @@ def test_what_a_job_does_stops_no_other(tmp_path: Path) -> None:
     assert results[0].tail == [] and results[1].tail == ["about to"]
     assert "==== bad: failed" in log.read_text() and "one\nblue" in log.read_text()
     assert "timed out" in table(results)
+
+
+def test_the_time_for_all_jobs_is_kept(tmp_path: Path) -> None:
+    slow = Job("slow", ["-c", "import time; time.sleep(50)"], 60)
+    results = list(run_all([slow, slow], python=sys.executable, environment={}, log=tmp_path / "log.txt", at_once=1, within=0.5))
+    assert [result.status for result in results] == ["timed out", "not run"]

@@ -1,8 +1,8 @@
 """``python -m gpu --output FOLDER``: on a machine with a GPU, run what needs one; nothing is fetched from a network.
 
-The packages are built from this tree and installed into an environment in FOLDER, on top of the packages of the Python that runs this,
-which must have torch with its Triton, setuptools and pip; what else is needed can be brought along as wheels. FOLDER gets results.json,
-log.txt with all output, and what the benchmark and the demo write. The exit code is 1 if anything failed.
+The packages are built from this tree and installed into build/gpu/environment, on top of the packages of the Python that runs this, which
+must have torch with its Triton, setuptools and pip; what else is needed can be brought along as wheels. FOLDER gets results.json, log.txt
+with all output, and what the benchmark writes. The exit code is 1 if anything didn't pass.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from isolation.environment import Environment
 NOT_BUILT = {"q-cpu"}
 """Its kernels take a C++ compiler minutes, and serve no GPU."""
 
+SCRATCH = ROOT / "build" / "gpu"
 NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
 
 
@@ -38,14 +40,18 @@ def main() -> int:
     parser.add_argument("--backend", default="q_cuda", help="that serves it (default: %(default)s)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="with wheels to install first, without what they require")
     parser.add_argument("--installed", action="store_true", help="install nothing: this Python has the packages")
+    parser.add_argument(
+        "--within", type=float, default=6 * 3600, metavar="SECONDS", help="for all steps; what is left then isn't run"
+    )
     parser.add_argument("--jobs", type=int, default=max(1, processors // 2), help="ops tested at once (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the steps themselves")
     options = parser.parse_args()
     output: Path = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
 
-    python = sys.executable if options.installed else str(install(output / "environment", options.wheels))
-    setting = Setting(python, options.device, options.backend, output, options.small)
+    began = time.monotonic()
+    python = sys.executable if options.installed else str(install(SCRATCH / "environment", options.wheels))
+    setting = Setting(python, options.device, options.backend, output, SCRATCH, options.small)
     try:
         planned = jobs(options.steps.split(","), setting)
     except ValueError as error:
@@ -56,8 +62,11 @@ def main() -> int:
         "PYTHONPATH": str(ROOT / "integration_tests"),
         "PYTHONUNBUFFERED": "1",
     }
+    left = options.within - (time.monotonic() - began)
     results: list[Result] = []
-    for result in run_all(planned, python=python, environment=environment, log=output / "log.txt", at_once=options.jobs):
+    for result in run_all(
+        planned, python=python, environment=environment, log=output / "log.txt", at_once=options.jobs, within=left
+    ):
         results.append(result)
         print(f"{result.name}: {result.status} in {result.seconds} s", *result.tail, sep="\n    ", flush=True)
         (output / "results.json").write_text(json.dumps([asdict(each) for each in results], indent=1, ensure_ascii=False) + "\n")

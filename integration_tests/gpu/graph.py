@@ -29,7 +29,7 @@ def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
     """
     module: Any = torch.get_device_module(device)
     graph = next(getattr(module, name) for name in ("CUDAGraph", "XPUGraph") if hasattr(module, name))()
-    with torch.device(device):
+    with module.device(device):
         function()
         torch.accelerator.synchronize(device)
         with warnings.catch_warnings():

@@ -20,6 +20,7 @@ class Setting:
         device: torch's name of the device.
         backend: which is to serve it.
         output: folder of the results.
+        scratch: folder of what nobody needs afterwards.
         small: tiny sizes everywhere, as Triton's interpreter needs them.
     """
 
@@ -27,6 +28,7 @@ class Setting:
     device: str
     backend: str
     output: Path
+    scratch: Path
     small: bool = False
 
 
@@ -76,7 +78,7 @@ def _tests(setting: Setting, part: str) -> Iterator[Job]:
 
 
 def _demo(setting: Setting, part: str) -> Iterator[Job]:
-    command = ["-m", "demo", "--device", setting.device, "--output", str(setting.output / "demo")]
+    command = ["-m", "demo", "--device", setting.device, "--output", str(setting.scratch / "demo")]
     yield Job("demo", [*command, *(["--smoke"] if setting.small else [])], 580)
 
 
