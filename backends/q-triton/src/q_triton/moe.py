@@ -40,33 +40,27 @@ ROUTE_TOPK = Tiles(
     size="experts",
 )
 SORT_PAIRS = Tiles("sort_pairs", (tile(BLOCK_P=256, up_to=256), tile(BLOCK_P=2048, warps=8)), size="pairs")
-DENSE = Tiles(
-    "moe_gemm",
-    (
-        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=128, GROUP_T=8, stages=2, up_to=16),
-        tile(BLOCK_T=64, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, stages=2, up_to=96),
-        tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=32, GROUP_T=8, warps=8, stages=2),
-    ),
-    size="pairs an expert",
+_PORTABLE = (
+    tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, GROUP_T=8, PROGRAMS=512, warps=4, stages=2, up_to=12),
+    tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=32, GROUP_T=8, PROGRAMS=256, warps=4, stages=2),
 )
-CODES = Tiles(
-    "moe_gemm_codes",
-    (
-        tile(BLOCK_T=16, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, stages=2, up_to=16),
-        tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=64, GROUP_T=8, stages=2, up_to=96),
-        tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=2),
-    ),
-    size="pairs an expert",
+DENSE, CODES, FOUR_BIT = (
+    Tiles(kernel, _PORTABLE, size="pairs an expert") for kernel in ("moe_gemm", "moe_gemm_codes", "moe_gemm_4bit")
 )
+"""PROGRAMS: how many there should be, by parts of K, where tiles and features give fewer."""
 FLOAT32 = Tiles(
     "moe_gemm_float32",
     (
-        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, GROUP_T=8, stages=2, up_to=16),
-        tile(BLOCK_T=32, BLOCK_N=64, BLOCK_K=32, GROUP_T=8, stages=2),
+        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=32, GROUP_T=8, PROGRAMS=512, warps=4, stages=2, up_to=12),
+        tile(BLOCK_T=32, BLOCK_N=64, BLOCK_K=32, GROUP_T=8, PROGRAMS=1, warps=4, stages=2),
     ),
     size="pairs an expert",
 )
-SUM_PAIRS = Tiles("sum_pairs", (tile(BLOCK_T=1, BLOCK_K=1024),))
+"""The same for float32 activations, whose products are no matter of matrix instructions."""
+UNALIGNED = Tiles("moe_gemm_unaligned", (tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=32, GROUP_T=8, PROGRAMS=1, warps=4),))
+"""Where rows begin anywhere: they are read element by element, each with its address in registers, and a large tile has no room for them."""
+TILES = {"dense": DENSE, "int8": CODES, "fp8": CODES, "4bit": FOUR_BIT}
+SUM_PAIRS = Tiles("sum_pairs", (tile(BLOCK_R=2, BLOCK_K=512, up_to=2), tile(BLOCK_R=8, BLOCK_K=512)), size="results of a token")
 
 
 def _accepts_logits(logits_TE: Tensor) -> str | None:
@@ -140,21 +134,30 @@ def _experts(weight: Tensor, scale: Tensor | None, format: str, blocksize: int) 
     return _Experts(weight.view(torch.uint8) if format == "fp8" else weight, scale, None, format, 0)
 
 
-def _product(x: Tensor, experts: _Experts, pairs: _Pairs, out: Tensor, pairs_of_row: int, gated: bool) -> Tensor:
-    """Each pair's row of ``x`` through its expert: a row of ``out`` [P, N]."""
-    (P, N), K, weight, scale = out.shape, x.shape[1], experts.weight, experts.scale
-    tiles = FLOAT32 if x.dtype is torch.float32 else DENSE if experts.format == "dense" else CODES
+def _product(x: Tensor, experts: _Experts, pairs: _Pairs, N: int, pairs_of_row: int, gated: bool) -> Tensor:
+    """Each pair's row of ``x`` through its expert: gated [1, P, N] of x's dtype, else float32 [S, P, N], to be summed over S parts of K."""
+    P, K, weight, scale = pairs.P, x.shape[1], experts.weight, experts.scale
+    expert_stride, row_stride = weight.stride()[:2]
+    four_bit = experts.book is not None
+    aligned = K % (32 if four_bit else 16) == 0 and expert_stride % 16 == 0 and weight.data_ptr() % 16 == 0
+    tiles = (FLOAT32 if x.dtype is torch.float32 else TILES[experts.format]) if aligned else UNALIGNED
     chosen = tiles.on(x.device, ceil_div(P, max(1, pairs.E)))
     blocks = {**chosen.blocks, "BLOCK_P": UNSORTED_PAIRS, "BLOCK_E": power_of_two(pairs.E)}
+    wanted, BLOCK_K = blocks.pop("PROGRAMS"), blocks["BLOCK_K"]
     numbers = pairs.tiles(blocks["BLOCK_T"])
+    programs = numbers * ceil_div(N, blocks["BLOCK_N"] // (2 if gated else 1))
+    # A part that is shorter than four blocks isn't worth its sum, and a gate needs the whole.
+    S = 1 if gated else max(1, min(wanted // max(1, programs), K // (4 * BLOCK_K)))
+    out = torch.empty(S, P, N, dtype=x.dtype if gated else torch.float32, device=x.device)
     launch(
-        grouped_gemm_kernel, (numbers * ceil_div(N, blocks["BLOCK_N"] // (2 if gated else 1)),), Tile(blocks, chosen.warps, chosen.stages),
+        grouped_gemm_kernel, (programs, S), Tile(blocks, chosen.warps, chosen.stages),
         x=x, weight=weight, scale=scale, book=experts.book, out=out, ids=pairs.ids, order=pairs.order, starts=pairs.starts,
-        tiles=numbers, P=P, E=pairs.E, N=N, K=K, pairs_of_row=pairs_of_row, x_stride=x.stride(0),
-        expert_stride=weight.stride(0), row_stride=weight.stride(1), scale_stride=0 if scale is None else scale.stride(0),
+        tiles=numbers, P=P, E=pairs.E, N=N, K=K, part_blocks=ceil_div(ceil_div(K, BLOCK_K), S),
+        pairs_of_row=pairs_of_row, x_stride=x.stride(0),
+        expert_stride=expert_stride, row_stride=row_stride, scale_stride=0 if scale is None else scale.stride(0),
         scale_factor=SCALE_FACTORS.get(experts.format, 1.0),
         GATED=gated, SORTED=pairs.order is not None, FORMAT=experts.format, BLOCKSIZE=experts.blocksize,
-        ALIGNED=K % 32 == 0, EVEN_K=K % blocks["BLOCK_K"] == 0,
+        ALIGNED=four_bit and aligned, EVEN_K=K % BLOCK_K == 0,
     )  # fmt: skip
     return out
 
@@ -174,7 +177,7 @@ def fused_moe(
 ) -> Tensor:
     """Run tokens through their experts: where they are few, each expert's weights are read once for all of its tokens."""
     (T, K), k, N = x_TK.shape, topk_ids.shape[1], intermediate_size
-    x, weights, ids = with_contiguous_last_axis(x_TK), topk_weights.contiguous(), topk_ids.contiguous()
+    x, weights, ids = x_TK.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     first, second = _experts(w13, w13_scale, format, blocksize), _experts(w2, w2_scale, format, blocksize)
     out = torch.empty(T, K, dtype=x.dtype, device=x.device)
     step = max(1, MOST_PAIRS // max(1, k))
@@ -187,10 +190,11 @@ def fused_moe(
 def _some_tokens(x: Tensor, first: _Experts, second: _Experts, weights: Tensor, ids: Tensor, N: int, out: Tensor) -> None:
     (T, K), k = x.shape, ids.shape[1]
     pairs = _sorted(ids, first.weight.shape[0])
-    hidden = _product(x, first, pairs, torch.empty(T * k, N, dtype=x.dtype, device=x.device), k, gated=True)
-    results = _product(hidden, second, pairs, torch.empty(T * k, K, dtype=torch.float32, device=x.device), 1, gated=False)
-    chosen = SUM_PAIRS.on(x.device)
+    hidden = _product(x, first, pairs, N, k, gated=True)[0]
+    results = _product(hidden, second, pairs, K, 1, gated=False)
+    S = results.shape[0]
+    chosen = SUM_PAIRS.on(x.device, S * k)
     launch(
-        sum_pairs_kernel, (ceil_div(T, chosen.blocks["BLOCK_T"]), ceil_div(K, chosen.blocks["BLOCK_K"])), chosen,
-        results=results, weights=weights, ids=ids, out=out, T=T, E=pairs.E, K=K, k=k,
+        sum_pairs_kernel, (T, ceil_div(K, chosen.blocks["BLOCK_K"])), chosen,
+        results=results, weights=weights, ids=ids, out=out, T=T, E=pairs.E, K=K, S=S, k=k,
     )  # fmt: skip

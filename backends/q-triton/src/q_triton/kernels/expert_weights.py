@@ -42,7 +42,7 @@ def expert_weight_tile(
         K: elements of a row.
         FORMAT: "dense", "int8", "fp8" or "4bit".
         BLOCKSIZE: elements that share a scale of a 4-bit type.
-        ALIGNED: K is a multiple of 32.
+        ALIGNED: whether the rows of a 4-bit type are, see ``four_bit_weights``.
         EVEN_K: K is a multiple of BLOCK_K.
         BLOCK_K: 32 at least.
         dtype: of the tile.

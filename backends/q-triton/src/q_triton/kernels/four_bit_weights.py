@@ -1,7 +1,8 @@
 """Tiles of a 4-bit weight, decoded in registers. N rows, K elements each.
 
 Codes and scales lie flat: element ``n * K + k`` is a nibble of byte ``(n * K + k) // 2``, the even ones are the high nibbles, and its scale is
-``absmax[(n * K + k) // blocksize]``. Rows may start anywhere in a byte or a block.
+``absmax[(n * K + k) // blocksize]``. Rows may start anywhere in a byte or a block; where a row takes whole runs of 16 bytes that are aligned
+in memory (``ALIGNED``: K is a multiple of 32, and so is the address of the codes of 16), they are read as words of eight codes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,47 @@ import triton
 import triton.language as tl
 
 from q_triton.kernels.codes import nibble
+
+
+@triton.jit
+def _look_up(words, table, CODE: tl.constexpr):
+    """The values of the code that starts at bit CODE of each word, by shuffles among the 32 lanes that hold the table.
+
+    The fifth bit is the next code's, or the sign's copy: the table has all 16 values twice, so it needs no mask of its own.
+    """
+    return tl.gather(table, (words >> CODE) & 31, 1)
+
+
+@triton.jit
+def decode_4bit_codes(packed, book, rows, in_rows, start, K, BLOCK_K: tl.constexpr):
+    """The values, not yet scaled, of columns ``start``… of some rows: float32 [BLOCK_N, BLOCK_K]. Rows are ALIGNED.
+
+    Args:
+        packed: the codes (uint8).
+        book: the 16 values (float32) by code.
+        rows: int64 [BLOCK_N, 1].
+        in_rows: which of them exist, [BLOCK_N, 1]; others and columns past K have the value of code 0.
+        start: a multiple of BLOCK_K.
+        K: elements of a row.
+        BLOCK_K: such that BLOCK_N * BLOCK_K is 256 at least.
+    """
+    SHAPE: tl.constexpr = (rows.shape[0] * BLOCK_K // 256, 32)
+    row_words = tl.multiple_of(K // 8, 4)
+    columns = start // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
+    mask = in_rows & (columns < row_words)
+    loaded = tl.load(packed.to(tl.pointer_type(tl.int32)) + rows * row_words + columns, mask, 0)
+    words = tl.reshape(loaded, SHAPE)
+    table = tl.broadcast_to(tl.load(book + (tl.arange(0, 32) & 15))[None, :], SHAPE)
+    # The first byte is the lowest one, and its first code the high nibble. Each join appends an axis, the last one is k's lowest bit.
+    evens = tl.join(
+        tl.join(_look_up(words, table, 4), _look_up(words, table, 20)),
+        tl.join(_look_up(words, table, 12), _look_up(words, table, 28)),
+    )
+    odds = tl.join(
+        tl.join(_look_up(words, table, 0), _look_up(words, table, 16)),
+        tl.join(_look_up(words, table, 8), _look_up(words, table, 24)),
+    )
+    return tl.reshape(tl.join(evens, odds), (rows.shape[0], BLOCK_K))
 
 
 @triton.jit
@@ -27,21 +69,17 @@ def decode_4bit_tile(
         start: a multiple of BLOCK_K.
         K: elements of a row.
         BLOCKSIZE: elements that share a scale.
-        BLOCK_K: 32 at least.
-        ALIGNED: K is a multiple of 32 and codes start at a multiple of 16 bytes, so that a thread reads 16 bytes at once, which at most
-            two scales (nvfp4) belong to. Without it, every element looks for its own byte and scale.
+        BLOCK_K: 32 at least, and such that BLOCK_N * BLOCK_K is 256 at least.
+        ALIGNED: whether rows are; if not, every element looks for its own byte and scale.
     """
     if ALIGNED:
-        BLOCK_N: tl.constexpr = rows.shape[0]
         GROUP: tl.constexpr = BLOCKSIZE if BLOCKSIZE < 32 else 32
         GROUPS: tl.constexpr = BLOCK_K // GROUP
-        row_bytes = tl.multiple_of(K // 2, 16)
-        pairs = start // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        both = tl.load(packed + rows * row_bytes + pairs, in_rows & (pairs < row_bytes), 0).to(tl.int32)
-        values = tl.join(tl.load(book + (both >> 4)), tl.load(book + (both & 0xF)))
+        values = decode_4bit_codes(packed, book, rows, in_rows, start, K, BLOCK_K)
         columns = start + tl.arange(0, GROUPS)[None, :] * GROUP
         scales = tl.load(absmax + (rows * K + columns) // BLOCKSIZE, in_rows & (columns < K), 0.0).to(tl.float32)
-        return tl.reshape(tl.reshape(values, (BLOCK_N, GROUPS, GROUP)) * scales[:, :, None], (BLOCK_N, BLOCK_K))
+        scaled = tl.reshape(values, (rows.shape[0], GROUPS, GROUP)) * scales[:, :, None]
+        return tl.reshape(scaled, (rows.shape[0], BLOCK_K))
     else:
         columns = start + tl.arange(0, BLOCK_K)[None, :]
         mask = in_rows & (columns < K)
@@ -49,3 +87,15 @@ def decode_4bit_tile(
         codes = nibble(tl.load(packed + (elements >> 1), mask, 0), elements)
         scales = tl.load(absmax + elements // BLOCKSIZE, mask, 0.0).to(tl.float32)
         return tl.load(book + codes) * scales
+
+
+@triton.jit
+def decode_4bit_kernel(
+    packed, absmax, book, out, N, K, BLOCKSIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """BLOCK_N rows by BLOCK_K columns of the weight, dense [N, K] in the dtype of ``out``."""
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    start = tl.program_id(1) * BLOCK_K
+    columns = start + tl.arange(0, BLOCK_K)[None, :]
+    values = decode_4bit_tile(packed, absmax, book, rows, rows < N, start, K, BLOCKSIZE, BLOCK_K, ALIGNED)
+    tl.store(out + rows * K + columns, values.to(out.dtype.element_ty), (rows < N) & (columns < K))

@@ -16,11 +16,14 @@ def descending_key(x, index):
 
 @triton.jit
 def precise_exp(x):
-    """exp(x) within a few roundings however large |x| is: what x * log2(e) loses in its rounding is made good after the exponential."""
-    exponent = x * 1.4426950408889634
-    lost = tl.fma(x, 1.4426950408889634, -exponent) + x * 1.925963033500e-08
-    lost = tl.where(tl.abs(exponent) < 256.0, lost, 0.0)  # beyond, exp is 0 or infinite, and the difference is NaN where x is infinite
-    return tl.exp2(exponent) * (1.0 + lost * 0.6931471805599453)
+    """exp(x) within a few roundings however large |x| is, where the exponential of a rounded x * log2(e) is off by as much as that rounding.
+
+    2^n times the exponential of what is left, at most 0.35. n * 355 / 512 is exact, so only its small difference from n * log(2) is rounded.
+    """
+    x = tl.where(x < -105.0, -105.0, tl.where(x > 90.0, 90.0, x))  # beyond, it is 0 or infinite as there; NaN stays
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - n * 0.693359375) + n * 2.1219444005469058e-4
+    return tl.exp2(n) * tl.exp2(rest * 1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["T"])
