@@ -19,6 +19,7 @@ FAMILIES = (
     "q_triton.gemm",
     "q_triton.optim",
     "q_triton.attention",
+    "q_triton.moe",
     "q_triton.norm",
 )
 """Modules with the implementations of the surface's ops."""
