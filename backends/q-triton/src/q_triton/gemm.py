@@ -132,16 +132,17 @@ def _product(x: Tensor, weight: dict[str, Any], bias: Tensor | None, chosen: Til
     """The product of tokens with a weight that is decoded on the way."""
     (T, K), N, blocksize = x.shape, weight["N"], weight["BLOCKSIZE"]
     blocks = dict(chosen.blocks)
-    wanted, BLOCK_K = blocks.pop("PROGRAMS"), blocks["BLOCK_K"]
+    wanted = blocks.pop("PROGRAMS")
     programs = ceil_div(T, blocks["BLOCK_T"]) * ceil_div(N, blocks["BLOCK_N"])
-    S = max(1, min(wanted // max(1, programs), K // (4 * BLOCK_K)))  # a shorter part isn't worth its sum
+    S = max(1, min(wanted // max(1, programs), K // (2 * blocks["BLOCK_K"])))  # a shorter part isn't worth its sum
     out = torch.empty((T, N), dtype=x.dtype, device=x.device)
     sums = out if S == 1 else torch.empty((S, T, N), dtype=torch.float32, device=x.device)
-    whole_blocks = K % blocksize == 0 and blocksize % BLOCK_K == 0
+    # Sums of 32 products wait for each other more than they save.
+    scale_after = K % blocksize == 0 and blocksize > max(32, blocks["BLOCK_T"])
     launch(
         gemm_4bit_kernel, (programs, S), Tile(blocks, chosen.warps, chosen.stages),
         x=x, **weight, bias=bias if S == 1 else None, out=sums, T=T, x_stride=x.stride(0),
-        SCALE_AFTER=whole_blocks and blocks["BLOCK_T"] < blocksize, PARTIAL=S > 1,
+        SCALE_AFTER=scale_after, PARTIAL=S > 1,
     )  # fmt: skip
     if S > 1:
         summing = SUM_PARTS.on(x.device)

@@ -21,8 +21,8 @@ def gemm_4bit_kernel(
     """BLOCK_T tokens by BLOCK_N features, of one of as many parts of K as the grid's second axis has: the sum stays in registers.
 
     The weight is the left operand: its rows are many, however few the tokens. ``PARTIAL`` sums are written as float32 [S, T, N] for
-    :func:`sum_parts_kernel`, without the bias. With ``SCALE_AFTER``, where a row takes whole blocks and BLOCK_K divides BLOCKSIZE, values
-    are multiplied as the book has them, and their sums by the scale: that takes fewer operations where BLOCK_T is below BLOCKSIZE.
+    :func:`sum_parts_kernel`, without the bias. With ``SCALE_AFTER``, where a row takes whole blocks, values are multiplied as the book has
+    them, and the sum of a block by its scale: that takes fewer operations where BLOCK_T is below BLOCKSIZE.
     """
     # Programs with the same rows of the weight run together, so that the cache has them for the second.
     token_blocks = tl.cdiv(T, BLOCK_T)
@@ -35,16 +35,19 @@ def gemm_4bit_kernel(
     part = tl.program_id(1)
     part_size = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for start in range(part * part_size, min(K, (part + 1) * part_size), BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)[None, :]
-        x_tile = tl.load(x_rows + columns, in_tokens & (columns < K), 0.0)
-        if SCALE_AFTER:
-            weight = decode_4bit_codes(packed, book, rows, in_rows, start, K, BLOCK_K)
-            scales = tl.load(absmax + rows * (K // BLOCKSIZE) + start // BLOCKSIZE, in_rows, 0.0)
-            sums += tl.dot(weight.to(x_tile.dtype), x_tile.trans(), input_precision="ieee") * scales
-        else:
-            weight = decode_4bit_tile(packed, absmax, book, rows, in_rows, start, K, BLOCKSIZE, BLOCK_K, True)
-            sums = tl.dot(weight.to(x_tile.dtype), x_tile.trans(), sums, input_precision="ieee")
+    GROUP: tl.constexpr = min(BLOCKSIZE, BLOCK_K) if SCALE_AFTER else BLOCK_K
+    for block in range(part * part_size, min(K, (part + 1) * part_size), BLOCK_K):
+        for offset in tl.static_range(0, BLOCK_K, GROUP):
+            start = block + offset
+            columns = start + tl.arange(0, GROUP)[None, :]
+            x_tile = tl.load(x_rows + columns, in_tokens & (columns < K), 0.0)
+            if SCALE_AFTER:
+                weight = decode_4bit_codes(packed, book, rows, in_rows, start, K, GROUP)
+                scales = tl.load(absmax + rows * (K // BLOCKSIZE) + start // BLOCKSIZE, in_rows & (start < K), 0.0)
+                sums += tl.dot(weight.to(x_tile.dtype), x_tile.trans(), input_precision="ieee") * scales
+            else:
+                weight = decode_4bit_tile(packed, absmax, book, rows, in_rows, start, K, BLOCKSIZE, BLOCK_K, True)
+                sums = tl.dot(weight.to(x_tile.dtype), x_tile.trans(), sums, input_precision="ieee")
     at = tokens.to(tl.int64)[:, None] * N + features[None, :]
     mask = in_tokens & (features < N)[None, :]
     result = sums.trans()
