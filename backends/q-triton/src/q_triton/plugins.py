@@ -14,7 +14,7 @@ from q_triton.environment import interpreted_target
 from q_triton.platforms import Platform, platform_mismatch
 from q_triton.runtime import availability
 
-FAMILIES = ("q_triton.norm",)
+FAMILIES = ("q_triton.int8", "q_triton.norm")
 """Modules with the implementations of the surface's ops."""
 
 
