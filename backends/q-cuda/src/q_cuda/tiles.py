@@ -21,8 +21,7 @@ TILES: dict[str, Table] = {
         **INT8_FEW,
         "int8_gemm": (
             tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, warps=4, stages=4, up_to=64),
-            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=4, up_to=1024),
-            tile(BLOCK_T=256, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=4),
+            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=4),
         ),
         "gemm_int8_weight": (
             tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=64, GROUP_T=8, warps=4, stages=4, up_to=64),
