@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reference_pages.docstrings import cell, entries, sections
 
-_DESCRIBED = re.compile(r"^(?:- |\w+: )?``(?P<name>Q_[A-Z_]+)``[:,] (?P<text>.*)", re.DOTALL)
+_DESCRIBED = re.compile(r"^(?:- |\w+: )?``(?P<name>[A-Z_]+)``[:,] (?P<text>.*)", re.DOTALL)
 _READ = re.compile(r"""environ(?:\.get\(|\[)["'](?P<name>\w+)["']""")
 
 

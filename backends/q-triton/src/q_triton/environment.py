@@ -3,6 +3,7 @@
 - ``TRITON_INTERPRET``: Triton's own; set to 1 before Triton is imported, kernels are interpreted on the CPU.
 - ``Q_TRITON_TARGET``: the target whose tiles the interpreter uses, such as ``sm_90``: its backend then serves the CPU.
 - ``Q_TRITON_CACHE``: the folder of what ``python -m q_triton.tune`` found; ``q_triton`` in the user's cache folder unless set.
+- ``XDG_CACHE_HOME``: the user's cache folder, ``~/.cache`` unless set.
 """
 
 from __future__ import annotations

@@ -76,6 +76,15 @@ def _not_to_bfloat16(convert: Callable[..., Any]) -> Callable[..., Any]:
     return refuse_bfloat16
 
 
+def _no_bfloat16_in(check: Callable[..., None]) -> Callable[..., None]:
+    def refuse_bfloat16(self: Any, tensors: tuple[Any, ...]) -> None:
+        check(self, tensors)
+        if any(_is_bfloat16(tensor.handle) for tensor in tensors):
+            raise TypeError("a reduction or scan of bfloat16 in a kernel: convert to float32 where it is loaded.")
+
+    return refuse_bfloat16
+
+
 def install() -> None:
     """Mend the interpreter of this process; a second call changes nothing.
 
@@ -87,13 +96,16 @@ def install() -> None:
         return
     needed = (*_ARITHMETIC, *_FROM_INTEGER, "create_dot", "create_maxnumf", "create_minnumf")
     missing = [name for name in needed if not hasattr(builder, name)]
-    if missing or not hasattr(interpreter, "_convert_float"):
+    missing += [name for name in ("_convert_float", "ReduceScanOpInterface") if not hasattr(interpreter, name)]
+    if missing:
         import triton
 
         raise RuntimeError(
             f"Triton {triton.__version__}'s interpreter has no {', '.join(missing)}: q_triton can't mend its bfloat16."
         )
     interpreter._convert_float = _convert(interpreter._convert_float)
+    reductions = interpreter.ReduceScanOpInterface
+    reductions.check_tensor = _no_bfloat16_in(reductions.check_tensor)
     builder.create_dot = _dot(builder.create_dot)
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
