@@ -46,6 +46,43 @@ TILES: dict[str, Table] = {
             tile(BLOCK_T=16, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, PROGRAMS=528, warps=4, stages=4, up_to=12),
             tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, PROGRAMS=264, warps=4, stages=4, up_to=64),
             tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, PROGRAMS=1, warps=8, stages=4),
+
+INT8_FEW: Table = {
+    # The tokens are the right operand, whose tiles may have 8 columns here.
+    "int8_gemm_few": (
+        tile(BLOCK_T=8, BLOCK_N=16, BLOCK_K=128, SLICES=4, warps=4, stages=5, up_to=8),
+        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=128, SLICES=4, warps=4, stages=4),
+    ),
+    "gemm_int8_weight_few": (
+        tile(BLOCK_T=8, BLOCK_N=16, BLOCK_K=128, SLICES=4, warps=4, stages=4, up_to=8),
+        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, SLICES=4, warps=4, stages=4),
+    ),
+}
+
+TILES: dict[str, Table] = {
+    "sm_80": {
+        **INT8_FEW,
+        "int8_gemm": (
+            tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, warps=4, stages=4, up_to=64),
+            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=4),
+        ),
+        "gemm_int8_weight": (
+            tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=64, GROUP_T=8, warps=4, stages=4, up_to=64),
+            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=32, GROUP_T=8, warps=8, stages=4),
+        ),
+    },
+    "sm_90": {
+        **INT8_FEW,
+        "int8_gemm": (
+            tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, warps=4, stages=5, up_to=64),
+            # Two programs to a multiprocessor: one multiplies while the other waits.
+            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=128, GROUP_T=8, warps=8, stages=3, up_to=1024),
+            tile(BLOCK_T=128, BLOCK_N=256, BLOCK_K=128, GROUP_T=8, warps=8, stages=4),
+        ),
+        "gemm_int8_weight": (
+            tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, warps=4, stages=4, up_to=64),
+            # Two programs to a multiprocessor: one decodes while the other multiplies.
+            tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, warps=8, stages=4),
         ),
     },
 }

@@ -17,6 +17,7 @@ from q_triton.runtime import availability
 FAMILIES = (
     "q_triton.quantize",
     "q_triton.gemm",
+    "q_triton.int8",
     "q_triton.optim",
     "q_triton.attention",
     "q_triton.moe",

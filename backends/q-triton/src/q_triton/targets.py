@@ -67,6 +67,11 @@ def compiling_for(target: Target) -> Iterator[None]:
         _chosen = before
 
 
+def compiling() -> bool:
+    """Whether every device is taken for one of another target."""
+    return _chosen is not None
+
+
 def target_of(device: torch.device) -> Target:
     """The target of a tensor's device.
 

@@ -7,14 +7,15 @@ best there. The first source that knows the kernel decides: tuned, the target's 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from q_triton.targets import Target, target_of
+from q_triton.targets import Target, compiling, target_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class Tile:
     warps: int = 4
     stages: int = 1
     up_to: int | None = None
+
+    def is_for(self, size: int) -> bool:
+        """Whether a call of this size isn't too large for it."""
+        return self.up_to is None or size <= self.up_to
 
     def __hash__(self) -> int:
         return hash((tuple(sorted(self.blocks.items())), self.warps, self.stages, self.up_to))
@@ -56,7 +61,7 @@ def register(tables: Mapping[str, Table]) -> None:
 
 
 def use_tuned(target: str, table: Table) -> None:
-    """Let tiles that were measured on this machine's own device of a target come before the target's table."""
+    """Let these tiles come before all others on a target, in this process."""
     _tuned[target] = {**_tuned.get(target, {}), **table}
     _source.cache_clear()
 
@@ -92,8 +97,9 @@ class Tiles:
 
     def on(self, device: torch.device, size: int = 0) -> Tile:
         """The tile for a call of this size on a device."""
-        choices = _source(self.kernel, target_of(device))
-        return next(choice for choice in choices if choice.up_to is None or size <= choice.up_to)
+        choices = _source(self.kernel, target_of(device), None if compiling() else device)
+        choice = next(choice for choice in choices if choice.is_for(size))
+        return choice if _chooser is None else _chooser(self, size, choice)
 
     def __hash__(self) -> int:
         return hash(self.kernel)
@@ -108,9 +114,28 @@ KERNELS: dict[str, Tiles] = {}
 """Every kernel that has tiles, by name."""
 
 
+Chooser = Callable[[Tiles, int, Tile], Tile]
+"""From a kernel, the size of a call and the tile that it would get, the one that it gets."""
+
+_chooser: Chooser | None = None
+
+
+@contextlib.contextmanager
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Let a function have the last word on every tile."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
+
+
 @functools.cache
-def _source(kernel: str, target: Target) -> Sequence[Tile]:
-    for table in (_tuned.get(target.name, {}), table_of(target)):
+def _source(kernel: str, target: Target, device: torch.device | None) -> Sequence[Tile]:
+    from q_triton.tuned import tuned_tiles  # what it reads are tiles
+
+    for table in (_tuned.get(target.name, {}), {} if device is None else tuned_tiles(device), table_of(target)):
         if kernel in table:
             return table[kernel]
     return KERNELS[kernel].portable
