@@ -1,8 +1,8 @@
 """Tiles of a 4-bit weight, decoded in registers. N rows, K elements each.
 
-Codes and scales lie flat: element ``n * K + k`` is a nibble of byte ``(n * K + k) // 2``, the even ones are the high nibbles, and its scale is
-``absmax[(n * K + k) // blocksize]``. Rows may start anywhere in a byte or a block; where a row takes whole runs of 16 bytes that are aligned
-in memory (``ALIGNED``: K is a multiple of 32, and so is the address of the codes of 16), they are read as words of eight codes.
+Codes and scales lie flat: element ``n * K + k`` is a nibble of byte ``(n * K + k) // 2``, the even ones are the high nibbles, and its scale
+is ``absmax[(n * K + k) // blocksize]``. Rows may start anywhere in a byte or a block. ALIGNED ones take whole runs of 16 bytes, K being a
+multiple of 32 and the codes' address one of 16: they are read as words of eight codes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from q_triton.kernels.codes import nibble
 
 
 @triton.jit
-def _look_up(words, table, CODE: tl.constexpr):
-    """The values of the code that starts at bit CODE of each word, by shuffles among the 32 lanes that hold the table.
+def look_up_table(book, ROWS: tl.constexpr):
+    """The book for :func:`look_up`, [ROWS, 32]: all 16 values twice, one a lane."""
+    return tl.broadcast_to(tl.load(book + (tl.arange(0, 32) & 15))[None, :], (ROWS, 32))
 
-    The fifth bit is the next code's, or the sign's copy: the table has all 16 values twice, so it needs no mask of its own.
+
+@triton.jit
+def look_up(words, table, ELEMENT: tl.constexpr):
+    """The value of one of the eight elements of each word, [ROWS, 32], by a shuffle among the lanes that hold the table.
+
+    The first byte is the lowest one, and its first element the high nibble. A lane is a number of five bits: a code with the lowest bit of
+    its neighbour, whatever that is, still finds its value.
     """
-    return tl.gather(table, (words >> CODE) & 31, 1)
+    BIT: tl.constexpr = ELEMENT // 2 * 8 + (1 - ELEMENT % 2) * 4
+    return tl.gather(table, (words >> BIT) & 31, 1)
 
 
 @triton.jit
@@ -41,15 +49,15 @@ def decode_4bit_codes(packed, book, rows, in_rows, start, K, BLOCK_K: tl.constex
     mask = in_rows & (columns < row_words)
     loaded = tl.load(packed.to(tl.pointer_type(tl.int32)) + rows * row_words + columns, mask, 0)
     words = tl.reshape(loaded, SHAPE)
-    table = tl.broadcast_to(tl.load(book + (tl.arange(0, 32) & 15))[None, :], SHAPE)
-    # The first byte is the lowest one, and its first code the high nibble. Each join appends an axis, the last one is k's lowest bit.
+    table = look_up_table(book, SHAPE[0])
+    # Each join appends an axis, and the last one tells neighbours apart.
     evens = tl.join(
-        tl.join(_look_up(words, table, 4), _look_up(words, table, 20)),
-        tl.join(_look_up(words, table, 12), _look_up(words, table, 28)),
+        tl.join(look_up(words, table, 0), look_up(words, table, 4)),
+        tl.join(look_up(words, table, 2), look_up(words, table, 6)),
     )
     odds = tl.join(
-        tl.join(_look_up(words, table, 0), _look_up(words, table, 16)),
-        tl.join(_look_up(words, table, 8), _look_up(words, table, 24)),
+        tl.join(look_up(words, table, 1), look_up(words, table, 5)),
+        tl.join(look_up(words, table, 3), look_up(words, table, 7)),
     )
     return tl.reshape(tl.join(evens, odds), (rows.shape[0], BLOCK_K))
 
