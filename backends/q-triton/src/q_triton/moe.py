@@ -58,7 +58,7 @@ FLOAT32 = Tiles(
 )
 """The same for float32 activations, whose products are no matter of matrix instructions."""
 UNALIGNED = Tiles("moe_gemm_unaligned", (tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=32, GROUP_T=8, PROGRAMS=1, warps=4),))
-"""Where rows begin anywhere: they are read element by element, each with its address in registers, and a large tile has no room for them."""
+"""Where rows begin anywhere: elements are read one by one, and a large tile has no registers for so many addresses."""
 TILES = {"dense": DENSE, "int8": CODES, "fp8": CODES, "4bit": FOUR_BIT}
 SUM_PAIRS = Tiles("sum_pairs", (tile(BLOCK_R=2, BLOCK_K=512, up_to=2), tile(BLOCK_R=8, BLOCK_K=512)), size="results of a token")
 
@@ -95,14 +95,14 @@ class _Pairs:
     starts: Tensor | None = None
 
     @property
-    def P(self) -> int:
+    def number(self) -> int:
         return self.ids.numel()
 
     def tiles(self, BLOCK_T: int) -> int:
         """As many as there are numbers for."""
         if self.E == 0:
             return 0
-        return self.P if self.order is None else self.P // BLOCK_T + self.E
+        return self.number if self.order is None else self.number // BLOCK_T + self.E
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _experts(weight: Tensor, scale: Tensor | None, format: str, blocksize: int) 
 
 def _product(x: Tensor, experts: _Experts, pairs: _Pairs, N: int, pairs_of_row: int, gated: bool) -> Tensor:
     """Each pair's row of ``x`` through its expert: gated [1, P, N] of x's dtype, else float32 [S, P, N], to be summed over S parts of K."""
-    P, K, weight, scale = pairs.P, x.shape[1], experts.weight, experts.scale
+    P, K, weight, scale = pairs.number, x.shape[1], experts.weight, experts.scale
     expert_stride, row_stride = weight.stride()[:2]
     four_bit = experts.book is not None
     aligned = K % (32 if four_bit else 16) == 0 and expert_stride % 16 == 0 and weight.data_ptr() % 16 == 0

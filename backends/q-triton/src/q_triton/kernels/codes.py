@@ -20,8 +20,8 @@ def from_bits(bits):
 
 @triton.jit
 def from_e4m3(codes):
-    """float8_e4m3fn bytes (uint8) as float32. As the first bits behind a float32's sign they are the value times 2^-120; 0x7F and 0xFF are NaN."""
-    bits = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # the sign, which was extended, and seven bits
+    """float8_e4m3fn bytes (uint8) as float32. Moved to the end of its exponent they are 2^-120 times the value; 0x7F and 0xFF are NaN."""
+    bits = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # the sign, and the other seven bits
     value = from_bits(bits) * 1.329227995784916e36
     return tl.where(tl.abs(value) == 480.0, float("nan"), value)
 

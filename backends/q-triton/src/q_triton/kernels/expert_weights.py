@@ -10,15 +10,15 @@ from q_triton.kernels.four_bit_weights import decode_4bit_tile
 
 
 @triton.jit
-def from_row_code(code, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """What a byte of an int8 or fp8 row stands for, before the row's scale: exact in every type."""
-    if FORMAT == "int8":
-        # In the last bits of 1.5 * 2^23 an integer is as it is: cheaper on most GPUs than to convert it.
-        value = (code.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    else:
-        value = from_e4m3(code)
+def from_int8(codes):
+    """int8 as float32. In the last bits of 1.5 * 2^23 an integer is as it is: cheaper on most GPUs than to convert it."""
+    return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def narrowed(value, dtype: tl.constexpr):
+    """float32 of at most eight bits in another type, exactly: bfloat16 is its upper half."""
     if dtype == tl.bfloat16:
-        # A float32 whose last 16 bits are 0.
         return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
@@ -55,5 +55,7 @@ def expert_weight_tile(
         at = weight + rows * row_stride + columns
         if FORMAT == "dense":
             return tl.load(at, mask, 0.0)
+        elif FORMAT == "int8":
+            return narrowed(from_int8(tl.load(at, mask, 0)), dtype)
         else:
-            return from_row_code(tl.load(at, mask, 0), FORMAT, dtype)
+            return narrowed(from_e4m3(tl.load(at, mask, 0)), dtype)

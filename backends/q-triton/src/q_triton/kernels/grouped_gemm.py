@@ -24,12 +24,11 @@ def grouped_gemm_kernel(
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of an expert's weight times up to BLOCK_T pairs that chose it, over a part of K, ``part_blocks`` times BLOCK_K; the sums
-    stay in registers.
+    """BLOCK_N rows of an expert's weight by up to BLOCK_T pairs that chose it, over ``part_blocks`` blocks of K: sums stay in registers.
 
-    A pair's row of ``x`` is ``pair // pairs_of_row``; its row of ``out`` [S, P, N] is the pair's own. With GATED, for which the only part is
-    the whole, the weight is gate over up, [2N, K]: a program has the same BLOCK_N / 2 rows of either, alternating, so that a gate and its up
-    meet in one thread, and ``out`` takes silu(gate) * up.
+    A pair's row of ``x`` is ``pair // pairs_of_row``; its row of ``out`` [S, P, N] is the pair's own. With GATED, where one part is the
+    whole, the weight is gate over up, [2N, K]: a program has the same BLOCK_N / 2 rows of either, alternating, so that a gate and its
+    up meet in one thread, and ``out`` takes silu(gate) * up.
     """
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     tile, block = grouped(tl.program_id(0), tiles, tl.cdiv(N, OUTPUTS), GROUP_T)
@@ -59,7 +58,7 @@ def grouped_gemm_kernel(
         values = expert_weight_tile(
             weight, scale, book, row_stride, rows_N1, has_column, start, K,
             FORMAT, BLOCKSIZE, ALIGNED, EVEN_K, BLOCK_K, x.dtype.element_ty,
-        )
+        )  # fmt: skip
         right = tl.load(x_at + features, has_pair if EVEN_K else has_pair & (features < K), 0.0)
         total = tl.dot(values, right, total, input_precision="ieee")
     if FORMAT == "int8" or FORMAT == "fp8":

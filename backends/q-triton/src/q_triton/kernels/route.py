@@ -16,11 +16,11 @@ def descending_key(x, index):
 
 @triton.jit
 def precise_exp(x):
-    """exp(x) within a few roundings however large |x| is, where the exponential of a rounded x * log2(e) is off by as much as that rounding.
+    """exp(x) within a few roundings however large |x| is; the exponential of a rounded x * log2(e) is off by as much as that rounding.
 
-    2^n times the exponential of what is left, at most 0.35. n * 355 / 512 is exact, so only its small difference from n * log(2) is rounded.
+    It is 2^n times the exponential of what is left, at most 0.35. n * 355 / 512 is exact, and little is missing from it to n * log(2).
     """
-    x = tl.where(x < -105.0, -105.0, tl.where(x > 90.0, 90.0, x))  # beyond, it is 0 or infinite as there; NaN stays
+    x = tl.where(x < -105.0, -105.0, tl.where(x > 90.0, 90.0, x))  # beyond it is as there, 0 or infinite; NaN stays
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     rest = (x - n * 0.693359375) + n * 2.1219444005469058e-4
     return tl.exp2(n) * tl.exp2(rest * 1.4426950408889634)
@@ -31,7 +31,7 @@ def route_topk_kernel(
     logits, weights, ids, T, E, logits_stride, k,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows, which stay in registers: of each the largest key is taken k times, and its place noted; then scores are stored there."""
+    """BLOCK_T rows, which stay in registers: k times a row's largest key is taken and its place noted; then scores are stored there."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     at = rows.to(tl.int64)[:, None]
     experts = tl.arange(0, BLOCK_E)[None, :]
