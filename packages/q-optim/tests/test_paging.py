@@ -6,7 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from q_optim import AdamW, AdamW8bit, Muon, PagedAdamW, PagedAdamW8bit, paging, state_bytes
 from q_optim.optimizer import BlockwiseOptimizer
+from q_optim.segment import Segment
+from q_optim.storage import Storage, storage_of
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -235,6 +237,62 @@ def test_resident_states_are_shared_out_first_come(train: Callable[..., None]) -
     tensors = placement.make(parts)
     assert [tensor.data_ptr() in placement._on_host for tensor in tensors] == [False, True, True]
     assert all(bool((tensor == 0.5).all()) for tensor in tensors)
+
+
+class Lane:
+    """A stand-in for a stream or an event: what of each lane is sure to be done before what comes next on this one."""
+
+    def __init__(self, name: str = "", done: dict[str, int] | None = None) -> None:
+        self.name = name
+        self.done = dict(done or {})
+
+    def work(self) -> dict[str, int]:
+        self.done[self.name] = self.done.get(self.name, 0) + 1
+        return dict(self.done)
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.work()
+
+    def record_event(self) -> Lane:
+        return Lane(done=self.done)
+
+    def wait_event(self, event: Lane) -> None:
+        self.done = {name: max(self.done.get(name, 0), event.done.get(name, 0)) for name in {*self.done, *event.done}}
+
+    wait_stream = wait_event
+
+    def synchronize(self) -> None: ...
+
+
+def test_batches_come_in_while_others_are_updated_and_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an accelerator: a batch's update waits for its arrival alone, and its memory is taken again as soon as it is written back."""
+    placement = paging.InHostMemory(torch.device("cpu"), 0)
+    states = placement.make([paging.Part("state1", torch.float32, torch.Size((4096,)), 0.0)] * 6)
+    inward, outward, compute = (Lane(name) for name in ("in", "out", "compute"))
+    monkeypatch.setattr(placement, "_inward", inward)
+    monkeypatch.setattr(placement, "_outward", outward)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: compute)
+    segments = [
+        Segment(torch.Size((4096,)), torch.zeros(4096), torch.zeros(4096), {"state1": state}, torch.zeros(())) for state in states
+    ]
+    done: list[dict[str, int]] = []
+
+    class Recorded:
+        whole = False
+
+        def __call__(self, present: Sequence[Segment], storage: Storage) -> None:
+            present[0].states["state1"].add_(1)
+            done.append(compute.work())
+            written_before_the_next_arrives.append(inward.done.get("out", 0))
+
+    written_before_the_next_arrives: list[int] = []
+    placement.run(Recorded(), segments, storage_of(32, 0))
+    assert all(bool((state == 1).all()) for state in states)
+    assert [update["in"] for update in done] == [1, 2, 3, 4, 5, 6]
+    assert [update.get("out", 0) for update in done] == [0, 0, 0, 1, 2, 3]
+    assert written_before_the_next_arrives == [0, 0, 1, 2, 3, 4]
+    assert outward.done == {"in": 6, "compute": 6, "out": 6}
 
 
 def test_without_parameters_that_have_gradients() -> None:

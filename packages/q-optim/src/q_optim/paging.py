@@ -10,8 +10,8 @@ import contextlib
 import mmap
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -169,13 +169,17 @@ class InFile:
 
 
 class InHostMemory:
-    """On the device as far as the budget goes, the rest in host memory, pinned so that copies run beside the updates."""
+    """On the device as far as the budget goes, the rest in host memory, pinned so that copies run beside the updates.
+
+    Three streams work at a time: one copies the next batch to the device, the caller's updates the present one, and one copies the one
+    before back to the host.
+    """
 
     def __init__(self, device: torch.device, budget: int) -> None:
         self._device = device
         self._budget = _Budget(budget)
         # A CPU has no streams to copy in: tests page from its memory to its memory.
-        self._copies = torch.Stream(device=device) if device.type != "cpu" else None
+        self._inward, self._outward = (torch.Stream(device=device) if device.type != "cpu" else None for _ in range(2))
         self._on_host: set[int] = set()
 
     def make(self, parts: Sequence[Part]) -> list[Tensor]:
@@ -185,53 +189,63 @@ class InHostMemory:
         return torch.full(part.shape, part.fill, dtype=part.dtype, device=self._device)
 
     def _paged(self, part: Part) -> Tensor:
-        tensor = torch.full(part.shape, part.fill, dtype=part.dtype, pin_memory=self._copies is not None)
+        tensor = torch.full(part.shape, part.fill, dtype=part.dtype, pin_memory=self._inward is not None)
         self._on_host.add(_memory(tensor))
         return tensor
 
     def run(self, update: Update, segments: Sequence[Segment], storage: Storage) -> None:
         lists = self._budget.batches(segments, whole=update.whole)
-        fetched = self._fetch(lists[0]) if lists else None
-        for batch, following in zip(lists, [*lists[1:], []], strict=True):
-            assert fetched is not None
-            present, arrival = fetched
-            # The next batch is on its way while this one is computed.
-            fetched = self._fetch(following)
-            if arrival is not None:
-                torch.accelerator.current_stream(self._device).wait_event(arrival)
-            update(present, storage)
-            self._write_back(present, batch)
-        if self._copies is not None:
-            self._copies.synchronize()  # host memory holds the states now, for whoever reads them
+        leaving: deque[tuple[list[Segment], torch.Event | None]] = deque()
+        try:
+            fetched = self._fetch(lists[0]) if lists else None
+            for batch, following in zip(lists, [*lists[1:], []], strict=True):
+                assert fetched is not None
+                present, arrival = fetched
+                if len(leaving) > 1:
+                    self._release(*leaving.popleft())
+                fetched = self._fetch(following)
+                if arrival is not None:
+                    torch.accelerator.current_stream(self._device).wait_event(arrival)
+                update(present, storage)
+                leaving.append((present, self._write_back(present, batch)))
+        finally:
+            if self._inward is not None and self._outward is not None:
+                # Should an update have failed, what it reads may not be overwritten by the next step's.
+                self._inward.wait_stream(torch.accelerator.current_stream(self._device))
+                self._outward.synchronize()  # host memory holds the states now, for whoever reads them
 
     def _fetch(self, segments: Sequence[Segment]) -> tuple[list[Segment], torch.Event | None]:
         """The segments with their states on the device, and when those are there."""
-        with self._copying():
+        with self._inward or contextlib.nullcontext():
             fetched = [
                 replace(segment, states={key: self._on_device(held) for key, held in segment.states.items()})
                 for segment in segments
             ]
-        return fetched, self._copies.record_event() if self._copies is not None else None
+        return fetched, self._inward.record_event() if self._inward is not None else None
 
     def _on_device(self, held: Tensor) -> Tensor:
         return held.to(self._device, non_blocking=True, copy=True) if _memory(held) in self._on_host else held
 
-    def _write_back(self, computed: Sequence[Segment], segments: Sequence[Segment]) -> None:
-        compute = None
-        if self._copies is not None:
-            compute = torch.accelerator.current_stream(self._device)
-            self._copies.wait_stream(compute)
-        with self._copying():
+    def _write_back(self, computed: Sequence[Segment], segments: Sequence[Segment]) -> torch.Event | None:
+        """Copy the states to where they are kept; when that's done."""
+        if self._outward is not None:
+            self._outward.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._outward or contextlib.nullcontext():
             for here, there in zip(computed, segments, strict=True):
                 for key, held in there.states.items():
                     if held is not here.states[key]:
                         held.copy_(here.states[key], non_blocking=True)
-                        # Made on one stream and used on the other: its memory is free when both are done.
-                        if compute is not None:
-                            here.states[key].record_stream(compute)
+        return self._outward.record_event() if self._outward is not None else None
 
-    def _copying(self) -> AbstractContextManager[object]:
-        return self._copies if self._copies is not None else contextlib.nullcontext()
+    def _release(self, segments: Sequence[Segment], written: torch.Event | None) -> None:
+        """Give up the device's memory of segments, for the next batch: the caller holds no other reference to them.
+
+        It is the inward stream's, which waits until they are written, and so may take it again at once, however far the host is ahead of
+        the device. Were it marked as used by the other streams, it would be free only when the host sees those done, and a host that is
+        ahead would take more and more memory, beyond any budget.
+        """
+        if self._inward is not None and written is not None:
+            self._inward.wait_event(written)
 
 
 def _memory(tensor: Tensor) -> int:
