@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from q_cuda.plugin import backend
+from q_cuda.tiles import TILES
 
 NO_PLATFORM: dict[str, str | None] = {"cuda": None, "hip": None, "xpu": None}
 
@@ -75,3 +78,38 @@ import q_cuda.plugin
 sys.exit("triton" in sys.modules or torch.cuda.is_initialized())
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def told_with(**environment: str) -> tuple[list[str], bool, str]:
+    """What the backend says in a process of its own: the devices it serves, whether it can, and why."""
+    code = """
+import json
+from q_cuda.plugin import backend
+found = backend.probe()
+print(json.dumps([backend.device_types, found.available, found.reason]))
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "Q_TRITON_TARGET")}
+    result = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True)
+    devices, available, reason = json.loads(result.stdout)
+    return devices, available, reason
+
+
+def test_interpreted_it_serves_the_cpu() -> None:
+    devices, available, reason = told_with(TRITON_INTERPRET="1", Q_TRITON_TARGET="sm_80")
+    assert devices == ["cpu"]
+    assert reason.startswith("interpreted on the CPU, with the tiles of sm_80; Triton ")
+    assert available == ("not installed" not in reason)
+
+
+def test_another_vendors_target_names_its_backend() -> None:
+    devices, available, reason = told_with(TRITON_INTERPRET="1", Q_TRITON_TARGET="gfx942")
+    assert not available and reason == "Q_TRITON_TARGET is gfx942: q-rocm is the backend for it"
+
+
+@pytest.mark.parametrize("environment", [{}, {"Q_TRITON_TARGET": "sm_90"}, {"TRITON_INTERPRET": "1"}])
+def test_it_serves_gpus_unless_told_both(environment: dict[str, str]) -> None:
+    assert told_with(**environment)[0] == ["cuda"]
+
+
+def test_there_are_tiles_for_the_chips_that_the_readme_names() -> None:
+    assert {"sm_80", "sm_90"} <= TILES.keys()
