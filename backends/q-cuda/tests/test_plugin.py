@@ -102,7 +102,7 @@ def test_interpreted_it_serves_the_cpu() -> None:
 
 
 def test_another_vendors_target_names_its_backend() -> None:
-    devices, available, reason = told_with(TRITON_INTERPRET="1", Q_TRITON_TARGET="gfx942")
+    _, available, reason = told_with(TRITON_INTERPRET="1", Q_TRITON_TARGET="gfx942")
     assert not available and reason == "Q_TRITON_TARGET is gfx942: q-rocm is the backend for it"
 
 
