@@ -17,12 +17,13 @@ import nox
 BUILD = Path("build")
 CONSTRAINTS = "constraints.txt"
 Q_CPU = Path("backends/q-cpu")
+Q_TRITON = Path("backends/q-triton")
 DISTRIBUTIONS = sorted(path.parent for path in Path().glob("*/q-*/pyproject.toml"))
 OTHER_VENDORS = sorted(path.parent for path in Path("integration_tests").glob("*/**/acme-*/pyproject.toml"))
 NOT_SOURCES = shutil.ignore_patterns("build", "dist", "tests", "*.egg-info", "*.so", "__pycache__", ".*")
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "kernels", "kernels-aot"]
 # On a developer's machine an environment is made once; wheels and pins are installed anew each time.
 nox.options.reuse_venv = "no" if os.environ.get("CI") else "yes"
 
@@ -70,6 +71,30 @@ def conformance(session: nox.Session) -> None:
     session.run("q-core", "conformance", "--backend", "reference", *session.posargs)
     for level in isa_levels(session):
         session.run("q-core", "conformance", "--backend", "q_cpu", *session.posargs, env={"Q_CPU_ISA": level})
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Test the GPU kernels in Triton's interpreter, through the tiles of each target; arguments after ``--`` go to pytest."""
+    install_wheels(session, "kernels")
+    folder = Q_TRITON / "tests" / "interpreted"
+    # The first one's run has the families' own tests, too; the others differ in their tiles.
+    for target, tests in {
+        "sm_90": folder,
+        **dict.fromkeys(("sm_80", "gfx942", "gfx1100", "xe"), folder / "test_conformance.py"),
+    }.items():
+        # A thread a worker: programs are interpreted one after another.
+        env = {"TRITON_INTERPRET": "1", "Q_TRITON_TARGET": target, "OMP_NUM_THREADS": "1"}
+        session.run("pytest", "--numprocesses", "auto", "--dist", "worksteal", str(tests), *session.posargs, env=env)
+
+
+@nox.session(name="kernels-aot")
+def kernels_aot(session: nox.Session) -> None:
+    """Compile the GPU kernels for every target, without one; fails on spills and on unexplained changes; ``-- --update`` explains."""
+    install_wheels(session, "kernels")
+    session.run("pytest", str(Q_TRITON / "tests" / "compiled"))
+    snapshot, report = Q_TRITON / "registers.json", BUILD / "aot" / "report.json"
+    session.run("python", "-m", "q_triton.aot", "--snapshot", str(snapshot), "--output", str(report), *session.posargs)
 
 
 @nox.session

@@ -8,8 +8,6 @@ With ``--exhaustive`` the lengths are all of 1…1023; else those at which vecto
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -20,44 +18,20 @@ from torch import Tensor
 
 from q_core.formats.codebooks import dynamic_map
 from q_core.optimizers import RULES
+from q_core.testing.guard_pages import PAGE, GuardedRegion
 from q_cpu.runtime import native
 
 pytestmark = pytest.mark.usefixtures("isa")
 
-PAGE = mmap.PAGESIZE
 ROOM = 256 * PAGE
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
 u8, i8 = torch.uint8, torch.int8
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
 Place = Callable[[Tensor], Tensor]
 
 
-class GuardedRegion:
-    """Memory between two forbidden pages, for one tensor at a time."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, ROOM + 2 * PAGE)
-        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + PAGE
-        for page in (self._start - PAGE, self._start + ROOM):
-            if _libc.mprotect(page, PAGE, 0) != 0:
-                raise OSError(ctypes.get_errno(), "mprotect")
-
-    def place(self, tensor: Tensor, offset: int | None) -> Tensor:
-        """A copy that begins ``offset`` elements after the first page, or with None ends at the last."""
-        size = tensor.numel() * tensor.element_size()
-        if size == 0:
-            return tensor
-        begin = ROOM - size if offset is None else offset * tensor.element_size()
-        assert 0 <= begin <= ROOM - size
-        placed = torch.frombuffer((ctypes.c_char * size).from_address(self._start + begin), dtype=tensor.dtype)
-        return placed.view(tensor.shape).copy_(tensor)
-
-
-_regions = [GuardedRegion() for _ in range(16)]
+_regions = [GuardedRegion(ROOM) for _ in range(16)]
 
 
 @pytest.fixture(params=["end", "begin", "misaligned"])

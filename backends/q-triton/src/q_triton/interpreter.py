@@ -76,6 +76,28 @@ def _not_to_bfloat16(convert: Callable[..., Any]) -> Callable[..., Any]:
     return refuse_bfloat16
 
 
+def _no_bfloat16_in(check: Callable[..., None]) -> Callable[..., None]:
+    def refuse_bfloat16(self: Any, tensors: tuple[Any, ...]) -> None:
+        check(self, tensors)
+        if any(_is_bfloat16(tensor.handle) for tensor in tensors):
+            raise TypeError("a reduction or scan of bfloat16 in a kernel: convert to float32 where it is loaded.")
+
+    return refuse_bfloat16
+
+
+def _patched_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A helper is called as it is: what its first call patches stays, and to patch it again takes longer than most helpers."""
+    patched: set[Callable[..., Any]] = set()
+
+    def call_helper(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.fn in patched:
+            return self.rewrite()(*arguments, **options)
+        patched.add(self.fn)
+        return call(self, *arguments, **options)
+
+    return call_helper
+
+
 def install() -> None:
     """Mend the interpreter of this process; a second call changes nothing.
 
@@ -87,13 +109,16 @@ def install() -> None:
         return
     needed = (*_ARITHMETIC, *_FROM_INTEGER, "create_dot", "create_maxnumf", "create_minnumf")
     missing = [name for name in needed if not hasattr(builder, name)]
-    if missing or not hasattr(interpreter, "_convert_float"):
+    missing += [name for name in ("_convert_float", "ReduceScanOpInterface") if not hasattr(interpreter, name)]
+    if missing:
         import triton
 
         raise RuntimeError(
             f"Triton {triton.__version__}'s interpreter has no {', '.join(missing)}: q_triton can't mend its bfloat16."
         )
     interpreter._convert_float = _convert(interpreter._convert_float)
+    reductions = interpreter.ReduceScanOpInterface
+    reductions.check_tensor = _no_bfloat16_in(reductions.check_tensor)
     builder.create_dot = _dot(builder.create_dot)
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
@@ -101,4 +126,5 @@ def install() -> None:
         setattr(builder, name, _refusing(name, getattr(builder, name)))
     for name in _FROM_INTEGER:
         setattr(builder, name, _not_to_bfloat16(getattr(builder, name)))
+    interpreter.InterpretedFunction.__call__ = _patched_once(interpreter.InterpretedFunction.__call__)
     builder.q_mended = True

@@ -37,6 +37,11 @@ class Launch:
     exact: bool
     arguments: Mapping[str, Any]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every argument of the kernel by name, the tile's blocks among them."""
+        return {**self.arguments, **self.tile.blocks}
+
 
 _recorder: Callable[[Launch], None] | None = None
 
@@ -61,15 +66,31 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *, exact: bool = Fals
         tile: block sizes, which are the kernel's constants of the same names, warps and stages.
         exact: round a product before it is added, as where codes must be the reference's bit for bit.
         arguments: every other argument of the kernel.
+
+    Raises:
+        ValueError: the kernel has no argument or block of a name.
     """
     if 0 in grid:
         return
+    if _recorder is not None or interpreted():
+        _check_names(kernel, tile, arguments)
     if _recorder is not None:
         _recorder(Launch(kernel, grid, tile, exact, arguments))
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with _current(device):
+    with _current(_device_of(arguments)):
         kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=not exact)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Where the tensors are, which stand alone or in tuples, an entry a tensor that one launch works on."""
+    firsts = (value[0] if isinstance(value, tuple) else value for value in arguments.values())
+    return next(value.device for value in firsts if isinstance(value, Tensor))
+
+
+def _check_names(kernel: Any, tile: Tile, arguments: Mapping[str, Any]) -> None:
+    """Refuse what the compiler refuses and the interpreter drops: a name that the kernel lacks, such as a block that a table misspells."""
+    if unknown := sorted({*arguments, *tile.blocks} - set(kernel.arg_names)):
+        raise ValueError(f"{kernel.__name__} has no {', '.join(unknown)}, expected {', '.join(kernel.arg_names)}.")
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

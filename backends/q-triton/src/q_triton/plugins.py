@@ -14,7 +14,14 @@ from q_triton.environment import interpreted_target
 from q_triton.platforms import Platform, platform_mismatch
 from q_triton.runtime import availability
 
-FAMILIES = ("q_triton.norm",)
+FAMILIES = (
+    "q_triton.quantize",
+    "q_triton.gemm",
+    "q_triton.optim",
+    "q_triton.attention",
+    "q_triton.moe",
+    "q_triton.norm",
+)
 """Modules with the implementations of the surface's ops."""
 
 
@@ -72,7 +79,11 @@ def _probe(platform: Platform, devices: Callable[[], list[str]], advice: str) ->
 def _interpreter(platform: Platform, target: str) -> Availability:
     from q_triton.targets import target_named
 
-    if (asked := target_named(target)).platform != platform:
+    try:
+        asked = target_named(target)
+    except ValueError as error:
+        return Availability(False, f"Q_TRITON_TARGET: {error}")
+    if asked.platform != platform:
         return Availability(False, f"Q_TRITON_TARGET is {target}: q-{asked.platform} is the backend for it")
     triton = availability()
     return Availability(triton.available, f"interpreted on the CPU, with the tiles of {target}; {triton.reason}")

@@ -32,6 +32,11 @@ class Target:
         """NVIDIA's compute capability, such as 90; 0 elsewhere."""
         return int(self.name.removeprefix("sm_")) if self.platform == "cuda" else 0
 
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether its instructions convert float8_e4m3fn, elsewhere taken apart by integer ones: NVIDIA's from 8.9 on."""
+        return self.capability >= 89
+
 
 _PATTERNS: dict[Platform, str] = {"cuda": r"sm_\d{2,3}", "rocm": r"gfx[0-9a-f]{3,4}", "xpu": "xe"}
 

@@ -22,9 +22,10 @@ _POINTERS = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 _ALIGNED = [["tt.divisibility", 16]]
+_BELOW_2GB = [["tt.pointer_range", 32]]  # AMD's loads through buffers take offsets of 32 bits
 
 
 def compiler_target(target: Target) -> GPUTarget:
@@ -40,34 +41,50 @@ def compiler_target(target: Target) -> GPUTarget:
     raise ValueError(f"no compiler for {target.name} is at hand, expected one of NVIDIA's or AMD's targets.")
 
 
-def source_of(launch: Launch) -> ASTSource:
+def source_of(launch: Launch, target: Target) -> ASTSource:
     """A launch's kernel with the types of its arguments, specialized as a call would be: on 1, on multiples of 16, on constants."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    given = {**launch.arguments, **launch.tile.blocks}
-    for parameter in launch.kernel.params:
-        name, value, place = parameter.name, given[parameter.name], (parameter.num,)
-        constant = (
-            parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-        )
-        if constant:
-            signature[name], constants[place] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[place] = _ALIGNED  # torch's memory is; a view's offset may not be, and makes another kernel
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[place] = _ALIGNED
-        else:
-            signature[name] = "fp32"
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    typed = _Typed(target)
+    given = launch.given
+    signature = {parameter.name: typed.of(given[parameter.name], parameter, (parameter.num,)) for parameter in launch.kernel.params}
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=typed.constants, attrs=typed.attributes)
+
+
+class _Typed:
+    """The types of a kernel's arguments, and what is known of them besides, by their places: of a tuple's items these are paths."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+
+    def of(self, value: Any, parameter: Any, place: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            types = (self.of(item, parameter, (*place, i)) for i, item in enumerate(value))
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        specialized = not parameter.do_not_specialize or len(place) > 1  # Triton asks of no item of a tuple
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialized):
+            self.constants[place] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            self.attributes[place] = _of_pointer(value, self._target)
+            return _POINTERS[value.dtype]
+        if isinstance(value, bool):
+            return "u1"
+        if isinstance(value, int):
+            if value % 16 == 0 and specialized:
+                self.attributes[place] = _ALIGNED
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+
+def _of_pointer(tensor: Tensor, target: Target) -> list[list[Any]]:
+    # torch's memory is aligned; within it a view may begin anywhere.
+    aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0
+    small = target.platform == "rocm" and tensor.untyped_storage().nbytes() < 2**31
+    return _ALIGNED * aligned + _BELOW_2GB * small
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
     """Compile a recorded launch for a target: Triton's compiled kernel, with its code in ``asm``."""
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": not launch.exact}
-    return triton.compile(source_of(launch), target=compiler_target(target), options=options)
+    return triton.compile(source_of(launch, target), target=compiler_target(target), options=options)

@@ -37,32 +37,34 @@ class Resources:
 
 
 def resources_of(compiled: Any, target: Target) -> Resources:
-    """Read a compiled kernel's resources off its machine code."""
-    return _nvidia(compiled.asm["cubin"], compiled.metadata.shared) if target.platform == "cuda" else _amd(compiled.asm["amdgcn"])
+    """Read a compiled kernel's resources off its machine code; shared memory, which is given at the launch, off the compiler's account."""
+    shared = compiled.metadata.shared
+    return _nvidia(compiled.asm["cubin"], shared) if target.platform == "cuda" else _amd(compiled.asm["amdgcn"], shared)
 
 
 def _nvidia(cubin: bytes, shared: int) -> Resources:
-    usage, code = (_cuobjdump(flag, cubin) for flag in ("--dump-resource-usage", "--dump-sass"))
-    # The last line is the kernel's; one without a name comes before.
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    dump = _cuobjdump(cubin)
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     return Resources(
         registers=used["REG"],
-        spilled=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        spilled=len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         local=used["STACK"] + used["LOCAL"],
         shared=shared,
-        matrix=sum(len(re.findall(rf"\b{name}\b", code)) for name in _NVIDIA_MATRIX),
+        matrix=sum(len(re.findall(rf"\b{name}\b", dump)) for name in _NVIDIA_MATRIX),
     )
 
 
-def _cuobjdump(flag: str, cubin: bytes) -> str:
+def _cuobjdump(cubin: bytes) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([str(program), flag, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [str(program), "--dump-resource-usage", "--dump-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
-def _amd(assembly: str) -> Resources:
+def _amd(assembly: str, shared: int) -> Resources:
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         assert found is not None, f"the compiler's metadata has no {name}"
@@ -72,6 +74,6 @@ def _amd(assembly: str) -> Resources:
         registers=field("vgpr_count"),
         spilled=field("vgpr_spill_count"),
         local=field("private_segment_fixed_size"),
-        shared=field("group_segment_fixed_size"),
+        shared=shared + field("group_segment_fixed_size"),
         matrix=sum(len(re.findall(rf"\b{name}", assembly)) for name in _AMD_MATRIX),
     )

@@ -20,11 +20,10 @@ def from_bits(bits):
 
 @triton.jit
 def from_e4m3(codes):
-    """float8_e4m3fn bytes (uint8) as float32. As a float16's bits they are the value times 2^-8; 0x7F and 0xFF are NaN."""
-    wide = codes.to(tl.int32)
-    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+    """float8_e4m3fn bytes (uint8) as float32. As the first bits behind a float32's sign they are the value times 2^-120; 0x7F and 0xFF are NaN."""
+    bits = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # the sign, which was extended, and seven bits
+    value = from_bits(bits) * 1.329227995784916e36
+    return tl.where(tl.abs(value) == 480.0, float("nan"), value)
 
 
 @triton.jit
@@ -41,6 +40,19 @@ def to_e4m3(x):
 
 
 @triton.jit
+def to_int8(x):
+    """float32 within ±127 as int8, rounded to nearest, ties to even: the sum with 1.5 * 2^23 has no place for a fraction."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
 def nibble(packed, element):
     """The 4-bit codes (int32) of elements, from the bytes (uint8) that hold them: the even ones are the high nibbles."""
     return (packed.to(tl.int32) >> (4 - 4 * (element & 1)).to(tl.int32)) & 0xF
+
+
+@triton.jit
+def nibbles(packed):
+    """The 4-bit codes (int32 [..., 2 C]) of bytes (uint8 [..., C]), the high nibble first: a byte is read once for both."""
+    wide = packed.to(tl.int32)
+    return tl.interleave(wide >> 4, wide & 0xF)

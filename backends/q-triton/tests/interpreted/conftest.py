@@ -1,0 +1,20 @@
+"""These tests run kernels in Triton's interpreter, which is chosen for a whole process: elsewhere none of them is collected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from q_triton.environment import interpreted_target
+
+MISSING = interpreted_target() is None
+collect_ignore_glob = ["test_*.py"] if MISSING else []
+
+torch.set_num_threads(1)  # programs are interpreted one after another; more threads only stall
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MISSING:
+        terminalreporter.write_line(
+            "q-triton/tests/interpreted: not collected, TRITON_INTERPRET isn't 1 or Q_TRITON_TARGET names no target: nox -s kernels"
+        )
