@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_page, report
+from benchmarks import gpu_clock, gpu_page, report
 from benchmarks.case import Call, Case, Check, Target, Work
 from benchmarks.cases import modules
 from benchmarks.clock import milliseconds
@@ -178,3 +178,58 @@ def test_runs_on_a_gpu_are_kept_and_shown(tmp_path: Path) -> None:
     page = gpu_page.page(runs)
     assert page.index("## 2026-01-02: a GPU") < page.index("## 2026-01-01: a GPU")
     assert page.count("| op | 1 × 1, float32 |") == 2 and "TFLOP/s | 50% matrix |" in page and "6× quick | **no** |" in page
+
+
+class PlayedEvent:
+    """A device's event, by this machine's clock."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: PlayedEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+
+def test_times_of_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device is played: each contender is measured over all sets, in a replayed graph where it can be captured; a broken peer goes."""
+    replayed = []
+
+    def captured(function: Any, device: torch.device) -> tuple[Any, None]:
+        called.clear()
+        function()
+        if "waiting" in called:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return (lambda: replayed.append(function())), None
+
+    called: set[str] = set()
+    sets_seen = set()
+
+    def ours(i: int) -> None:
+        sets_seen.add(i)
+        time.sleep(0.001)
+
+    def waiting(i: int) -> None:
+        called.add("waiting")
+        time.sleep(0.003)
+
+    def broken(i: int) -> None:
+        raise ValueError("no kernel image")
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=PlayedEvent))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(gpu_clock, "can_capture", lambda device: True)
+    monkeypatch.setattr(gpu_clock, "captured", captured)
+    clock = gpu_clock.DeviceClock(torch.device("cuda", 0), launched=["launched"])
+    times = clock({"ours": ours, "waiting": waiting, "broken": broken, "launched": ours}, 3, 0.05)
+    assert times.keys() == {"ours", "waiting", "launched"} and sets_seen == {0, 1, 2}
+    assert 1 <= times["ours"] < times["waiting"] and replayed
+    printed = capsys.readouterr().err
+    assert "broken isn't measured: ValueError" in printed and "stream is capturing" in printed
+    with pytest.raises(ValueError, match="no kernel image"):
+        clock({"ours": broken}, 3, 0.05)

@@ -2,7 +2,7 @@
 
 The packages are built from this tree and installed into build/gpu/environment, on top of the packages of the Python that runs this, which
 must have torch with its Triton, setuptools and pip; what else is needed can be brought along as wheels. FOLDER gets results.json, log.txt
-with all output, and what the benchmark writes. The exit code is 1 if anything didn't pass.
+with all output, what the benchmark writes, and the tiles that tuning finds. The exit code is 1 if anything didn't pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gpu.plan import ROOT, STEPS, Setting, jobs
+from gpu.plan import ROOT, USUAL, Setting, jobs
 from gpu.running import Result, run_all
 from isolation.environment import Environment
 
@@ -35,7 +35,7 @@ def main() -> int:
     steps = "separated by commas, each with a part of it after a colon if you like: conformance:gemm_4bit,tests:graphs,bench:gemm"
     processors = os.cpu_count() or 2
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the results")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"{steps} (default: %(default)s)")
+    parser.add_argument("--steps", default=",".join(USUAL), help=f"{steps} (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="a torch device (default: %(default)s)")
     parser.add_argument("--backend", default="q_cuda", help="that serves it (default: %(default)s)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="with wheels to install first, without what they require")
@@ -61,6 +61,7 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT / "integration_tests"),
         "PYTHONUNBUFFERED": "1",
+        "Q_TRITON_CACHE": str(output / "tiles"),
     }
     left = options.within - (time.monotonic() - began)
     results: list[Result] = []

@@ -89,14 +89,22 @@ def _bench(setting: Setting, part: str) -> Iterator[Job]:
         yield Job(f"bench:{family}", [*command, *(["--small"] if setting.small else [])], 580)
 
 
+def _tune(setting: Setting, part: str) -> Iterator[Job]:
+    yield Job("tune", ["-m", "q_triton.tune"], 580)
+
+
 STEPS: dict[str, Callable[[Setting, str], Iterator[Job]]] = {
     "doctor": _doctor,
     "conformance": _conformance,
     "tests": _tests,
     "demo": _demo,
     "bench": _bench,
+    "tune": _tune,
 }
 """Each yields its jobs, all of them or those of a part: ``conformance:gemm_4bit``, ``tests:graphs``, ``bench:moe``."""
+
+USUAL = tuple(step for step in STEPS if step != "tune")
+"""Tuning changes what the other steps show, so it is done when it is asked for."""
 
 
 def jobs(steps: Sequence[str], setting: Setting) -> list[Job]:

@@ -45,7 +45,7 @@ def test_a_replay_at_model_sizes(op: str, capturing: torch.device) -> None:
 def test_what_the_replays_are_compared_with(op: str, device: torch.device) -> None:
     """The other call is a valid one with another result, so a replay of the first's values would be seen."""
     record, differ = RECORDS[op], False
-    for call in corner_calls(record, device)[:4]:
+    for call in corner_calls(record, device)[:2]:
         other = altered(call)
         record.check(**other)
         assert [tensor.shape for tensor in tensors_of(other)] == [tensor.shape for tensor in tensors_of(call)]

@@ -82,7 +82,8 @@ def _linear4bit(weight: Tensor) -> torch.nn.Module:
     """The module as people use it for inference."""
     assert BITSANDBYTES is not None
     nn = BITSANDBYTES.nn
-    layer: torch.nn.Module = nn.Linear4bit(*reversed(weight.shape), bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    sizes = tuple(reversed(weight.shape))
+    layer: torch.nn.Module = nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
     layer.weight = nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", blocksize=BLOCKSIZE)
     return layer.to(weight.device).eval()
 

@@ -64,7 +64,8 @@ def _int8(sizes: Sizes, weights: list[Tensor], rows: list[tuple[Tensor, Tensor]]
 def _linear8bit(weight: Tensor) -> torch.nn.Module:
     assert BITSANDBYTES is not None
     nn = BITSANDBYTES.nn
-    layer: torch.nn.Module = nn.Linear8bitLt(*reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=0.0)
+    sizes = tuple(reversed(weight.shape))
+    layer: torch.nn.Module = nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=0.0, device="meta")
     layer.weight = nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     return layer.to(weight.device).eval()
 

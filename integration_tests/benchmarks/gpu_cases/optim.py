@@ -89,7 +89,8 @@ def _step(sizes: Sizes, name: str, bits: int, dtype: torch.dtype, *, gated: bool
     return Case(
         f"optimizer_step_{bits}bit [{name}]", f"{sizes.parameters / 1e6:.4g} M", str(dtype).removeprefix("torch."),
         lambda _: op(name, **lists, **settings), peers, sets=1, work=Work("copy", bytes_moved),
-        target=GATE if gated else Target(), stretch=STRETCH if gated else Target(), check=agrees(got, exact, dtype),
+        target=GATE if gated else Target(), stretch=STRETCH if gated else Target(),
+        check=agrees(got, exact, dtype), launched=tuple(peers),  # which count their steps on the host
     )  # fmt: skip
 
 
