@@ -182,7 +182,7 @@ def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
     n, size = pairs.shape[0], src.shape[1:].numel() * src.itemsize
     source, target = src.view(torch.uint8), dst.view(torch.uint8)
     if src.device != dst.device:
-        blocks = source.view(-1, size).index_select(0, pairs[:, 0]) 
+        blocks = source.view(-1, size).index_select(0, pairs[:, 0])
         target.view(-1, size).index_copy_(0, pairs[:, 1].to(dst.device), blocks.to(dst.device))
     elif source.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
         _copy(source, target, pairs, size, gather=True, scatter=True)

@@ -20,7 +20,9 @@ def _encoded(x, absmax, PEAK: tl.constexpr):
 
 
 @triton.jit
-def _write_rows(new, cache, scales, slot_mapping, T, G, token_stride, head_stride, S, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def _write_rows(
+    new, cache, scales, slot_mapping, T, G, token_stride, head_stride, S, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """BLOCK_R rows, each what one token has for one kv head; where the cache holds codes, their absmax is found and stored too."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     token = rows // G

@@ -1,0 +1,8 @@
+"""The tiles of AMD's architectures, a file for each that has better ones than the portable. A new architecture is a new file."""
+
+from __future__ import annotations
+
+from q_rocm.tiles import cdna
+from q_triton.tiles import register
+
+register({"gfx90a": cdna.TABLE, "gfx942": cdna.TABLE})
