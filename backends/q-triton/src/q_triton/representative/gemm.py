@@ -10,6 +10,8 @@ from q_core.record import Arguments
 from q_triton.representative.values import BF16, F16, F32, TITLES, Calls, Values, four_bit_blocksize
 
 N, K = 14336, 4096
+KEYS = 1024
+"""Out features of a key projection: too few to fill a GPU, so that products are divided along K."""
 TOKENS = (1, 4, 16, 32, 64, 512, 4096)
 
 
@@ -41,16 +43,20 @@ def _gemm_4bit(
 
 
 def int8_gemm(values: Values) -> Calls:
-    for T, dtype, biased in (*((T, BF16, False) for T in TOKENS), (512, BF16, True), (512, F32, False)):
-        yield f"T={T}, {TITLES[dtype]}{', bias' * biased}", {
-            "a_TK": values.codes(T, K), "b_NK": values.codes(N, K), "a_scale": values.uniform(T), "b_scale": values.uniform(N),
-            "bias": values.normal(N, dtype=dtype) if biased else None, "dtype": dtype, "layout": CANONICAL,
+    for T, rows, dtype, biased in (
+        *((T, N, BF16, False) for T in TOKENS), (512, N, BF16, True), (512, N, F32, False), (1, KEYS, BF16, True), (512, KEYS, BF16, False),
+    ):  # fmt: skip
+        yield f"T={T}, N={rows}, {TITLES[dtype]}{', bias' * biased}", {
+            "a_TK": values.codes(T, K), "b_NK": values.codes(rows, K), "a_scale": values.uniform(T), "b_scale": values.uniform(rows),
+            "bias": values.normal(rows, dtype=dtype) if biased else None, "dtype": dtype, "layout": CANONICAL,
         }  # fmt: skip
 
 
 def gemm_int8_weight(values: Values) -> Calls:
-    for T, dtype in (*((T, BF16) for T in TOKENS), (1, F32), (512, F16), (512, F32)):
-        yield f"T={T}, {TITLES[dtype]}", {
-            "x_TK": values.normal(T, K, dtype=dtype), "w_NK": values.codes(N, K), "w_scale": values.uniform(N), "bias": None,
+    for T, rows, dtype in (
+        *((T, N, BF16) for T in TOKENS), (1, N, F32), (64, N, F32), (512, N, F16), (512, N, F32), (1, KEYS, BF16), (512, KEYS, BF16),
+    ):  # fmt: skip
+        yield f"T={T}, N={rows}, {TITLES[dtype]}", {
+            "x_TK": values.normal(T, K, dtype=dtype), "w_NK": values.codes(rows, K), "w_scale": values.uniform(rows), "bias": None,
             "layout": CANONICAL,
         }  # fmt: skip
