@@ -126,14 +126,17 @@ class _Batch:
         return tuple(starts)
 
 
-def _batches(params: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> Iterator[_Batch]:
-    """All tensors that have elements, the small ones of a dtype together if their memory is aligned, so that they're all read alike."""
+def _batches(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[_Batch]:
+    """All tensors that have elements, the small ones of a dtype together if they are read in whole vectors.
+
+    States and scales are an optimizer's own and begin where an allocation does; were one elsewhere, another kernel would be compiled.
+    """
     waiting: dict[torch.dtype, list[int]] = {}
-    for i, param in enumerate(params):
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         numel = param.numel()
         if not numel:
             continue
-        if numel >= LARGE or numel % UNIT or any(tensors[i].data_ptr() % 16 for tensors in lists if tensors):
+        if numel >= LARGE or numel % UNIT or (param.data_ptr() | grad.data_ptr()) % 16:
             yield _Batch((i,), 1, (numel,))
             continue
         together = waiting.setdefault(param.dtype, [])
@@ -161,7 +164,7 @@ def _step(kernel: Any, chosen: Tile, rule: _Rule, batch: _Batch, skipped: Sequen
         "units": tuple(numel // unit for numel in batch.numels),
     }  # fmt: skip
     if rule.name in WHOLE_TENSOR_RULES:
-        device = arguments["params"][0].device
+        device = arguments["parameters"][0].device
         sums = torch.empty((5, programs), dtype=torch.float32, device=device)
         ratios = torch.empty((len(batch.members), 2), dtype=torch.float32, device=device)
         launch(kernel, (programs,), chosen, sums=sums, ratios=None, skipped=None, **common)
@@ -227,8 +230,8 @@ def optimizer_step_8bit(
         "table2": search_table(books["book2"]) if is_worth_tables and state2 else None,
     }
     lists = (params, [grad.contiguous() for grad in grads], state1, state2, state3, absmax1, absmax2, absmax3)
-    names = ("params", "grads", "codes1", "codes2", "codes3", "absmax1", "absmax2", "absmax3")
-    for batch in _batches(params, lists):
+    names = ("parameters", "grads", "codes1", "codes2", "codes3", "absmax1", "absmax2", "absmax3")
+    for batch in _batches(params, lists[1]):
         tensors = {argument: batch.of(tensors) for argument, tensors in zip(names, lists, strict=True)}
         _step(
             optimizer_8bit_kernel, chosen, rule, batch, skipped,
@@ -261,6 +264,8 @@ def optimizer_step_32bit(
     rule = _rule(name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, dampening, nesterov, trust_coefficient, step)
     chosen = OPTIMIZER_32BIT.on(params[0].device)
     lists = (params, [grad.contiguous() for grad in grads], state1, state2, state3)
-    for batch in _batches(params, lists):
-        tensors = {argument: batch.of(tensors) for argument, tensors in zip(("params", "grads", *ALL_STATES), lists, strict=True)}
+    for batch in _batches(params, lists[1]):
+        tensors = {
+            argument: batch.of(tensors) for argument, tensors in zip(("parameters", "grads", *ALL_STATES), lists, strict=True)
+        }
         _step(optimizer_32bit_kernel, chosen, rule, batch, skipped, **tensors)

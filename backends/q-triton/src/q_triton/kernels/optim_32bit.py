@@ -13,7 +13,7 @@ from q_triton.kernels.trust_ratio import store_norm_terms
 
 @triton.jit(do_not_specialize=["starts", "units"])
 def optimizer_32bit_kernel(
-    params, grads, state1, state2, state3, skipped, sums, ratios, starts, units, h,
+    parameters, grads, state1, state2, state3, skipped, sums, ratios, starts, units, h,
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr, TINY_EPS: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def optimizer_32bit_kernel(
     at = tl.arange(0, BLOCK)
     mask = at < left
 
-    param = entry(params, program, starts) + first + at
+    param = entry(parameters, program, starts) + first + at
     p = tl.load(param, mask, 0.0).to(tl.float32)
     g = tl.load(entry(grads, program, starts) + first + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
     m, v, slow = g, g, g
@@ -54,7 +54,7 @@ def optimizer_32bit_kernel(
                 tl.atomic_add(entry(skipped, program, starts), count.to(tl.int64), sem="relaxed")
         new_p, new_m, new_v, new_slow = updated(p, g, m, v, slow, ratio, h, RULE, MOMENTUM, NESTEROV, FIRST, TINY_EPS)
         # What is kept is stored as it was: under a mask of its own for each element no vectors could be stored.
-        tl.store(param, tl.where(is_finite, new_p, p).to(params[0].dtype.element_ty), mask)
+        tl.store(param, tl.where(is_finite, new_p, p).to(parameters[0].dtype.element_ty), mask)
         if state1 is not None:
             tl.store(m_at, tl.where(is_finite, new_m, m), mask)
         if state2 is not None:

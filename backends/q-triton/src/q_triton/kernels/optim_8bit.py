@@ -39,7 +39,7 @@ def store_encoded(x, codes, absmax, book, table, mask, in_rows):
 
 @triton.jit(do_not_specialize=["starts", "units"])
 def optimizer_8bit_kernel(
-    params, grads, codes1, codes2, codes3, absmax1, absmax2, absmax3, skipped, book1, table1, book2, table2,
+    parameters, grads, codes1, codes2, codes3, absmax1, absmax2, absmax3, skipped, book1, table1, book2, table2,
     sums, ratios, starts, units, h,
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr, TINY_EPS: tl.constexpr,
     UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -55,13 +55,13 @@ def optimizer_8bit_kernel(
         left = tl.where(tl.load(ratios + 2 * tensor + 1) > 0.0, left, 0)
     row = tl.arange(0, BLOCK // BLOCKSIZE)
     # A thread has 16 bytes of the parameter side by side, and not more: codes come in the same layout, which then nothing has to change.
-    VECTOR: tl.constexpr = 128 // params[0].dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // parameters[0].dtype.element_ty.primitive_bitwidth
     at = tl.max_contiguous(row[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :], (1, VECTOR))
     mask = at < left
     in_rows = row * BLOCKSIZE < left
     block = tile.to(tl.int64) * (BLOCK // BLOCKSIZE) + row
 
-    param = entry(params, program, starts) + first + at
+    param = entry(parameters, program, starts) + first + at
     p = tl.load(param, mask, 0.0).to(tl.float32)
     g = tl.load(entry(grads, program, starts) + first + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
     m, v, slow = g, g, g
@@ -91,7 +91,7 @@ def optimizer_8bit_kernel(
             in_rows = in_rows & is_finite
             mask = mask & is_finite[:, None]
         p, m, v, slow = updated(p, g, m, v, slow, ratio, h, RULE, MOMENTUM, NESTEROV, FIRST, TINY_EPS)
-        tl.store(param, p.to(params[0].dtype.element_ty), mask)
+        tl.store(param, p.to(parameters[0].dtype.element_ty), mask)
         if codes1 is not None:
             store_encoded(m, code1, scale1, book1, table1, mask, in_rows)
         if codes2 is not None:
