@@ -86,6 +86,9 @@ def kernels(session: nox.Session) -> None:
         # A thread a worker: programs are interpreted one after another.
         env = {"TRITON_INTERPRET": "1", "Q_TRITON_TARGET": target, "OMP_NUM_THREADS": "1"}
         session.run("pytest", "--numprocesses", "auto", "--dist", "worksteal", str(tests), *session.posargs, env=env)
+    # What nox -s gpu runs on one, as far as it can be run here, so that it holds when there is one.
+    env = {"TRITON_INTERPRET": "1", "Q_TRITON_TARGET": "sm_90", "OMP_NUM_THREADS": "1", "Q_BACKENDS": "q_cuda,reference"}
+    session.run("pytest", "--numprocesses", "auto", "--dist", "worksteal", "-m", "gpu", "integration_tests/gpu", env=env)
 
 
 @nox.session(name="kernels-aot")

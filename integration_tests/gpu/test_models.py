@@ -33,7 +33,7 @@ PROMPTS = (3, 17, 40)
 def llama(interpreted: bool) -> LlamaForCausalLM:
     """A Llama of random weights in float32, on the CPU."""
     torch.manual_seed(0)
-    width, layers = (64, 2) if interpreted else (1024, 4)
+    width, layers = (64, 1) if interpreted else (1024, 4)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
         num_key_value_heads=width // 64, max_position_embeddings=256, bos_token_id=0, eos_token_id=None, pad_token_id=0,
@@ -138,7 +138,7 @@ def directory(llama: LlamaForCausalLM, device: torch.device, tmp_path_factory: p
 @pytest.mark.parametrize("name", ["dense", "nf4"])
 def test_the_engine_and_transformers(name: str, directory: dict[str, Path], device: torch.device, interpreted: bool) -> None:
     """Greedy answers of requests that are served together are those of ``generate`` on the device, token by token."""
-    new = 6 if interpreted else 48
+    new = 3 if interpreted else 48
     options = EngineOptions(
         model=directory[name],
         dtype="float32",
