@@ -19,27 +19,53 @@ from q_triton.tiles import Tile, Tiles, tile
 
 WRITE_KV = Tiles("write_kv", (tile(BLOCK_R=16, up_to=64), tile(BLOCK_R=8, up_to=128), tile(BLOCK_R=4)), size="head dim")
 COPY_BLOCKS = Tiles("copy_kv_blocks", (tile(BLOCK_W=1024),))
-DECODE = Tiles(
-    "decode_attention",
-    (
-        tile(BLOCK_M=32, BLOCK_N=64, warps=4, stages=2, up_to=256),
-        tile(BLOCK_M=32, BLOCK_N=32, warps=4, stages=2, up_to=512),
-        tile(BLOCK_M=16, BLOCK_N=16, warps=4, stages=1),
+DECODE = {
+    "": Tiles(
+        "decode_attention",
+        (
+            tile(BLOCK_M=32, BLOCK_N=64, stages=2, up_to=64),
+            tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=128),
+            tile(BLOCK_M=16, BLOCK_N=16),
+        ),
+        size="head dim",
     ),
-    size="bytes of a query's head",
-)
-"""Here BLOCK_M is the most rows that are given to it."""
-MERGE = Tiles("merge_attention", (tile(BLOCK_P=16, warps=4),))
-PREFILL = Tiles(
-    "prefill_attention",
-    (
-        tile(BLOCK_M=128, BLOCK_N=64, warps=4, stages=2, up_to=128),
-        tile(BLOCK_M=64, BLOCK_N=64, warps=4, stages=2, up_to=256),
-        tile(BLOCK_M=64, BLOCK_N=32, warps=4, stages=1, up_to=512),
-        tile(BLOCK_M=32, BLOCK_N=16, warps=4, stages=1),
+    "codes": Tiles(
+        "decode_attention_codes",
+        (tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2)),
+        size="head dim",
     ),
-    size="bytes of a query's head",
-)
+    "float32": Tiles(
+        "decode_attention_float32",
+        (tile(BLOCK_M=16, BLOCK_N=32, up_to=64), tile(BLOCK_M=16, BLOCK_N=16)),
+        size="head dim",
+    ),
+}
+"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions.
+
+Here BLOCK_M is the most rows that a program may get.
+"""
+MERGE = Tiles("merge_attention", (tile(BLOCK_P=16),))
+PREFILL = {
+    "": Tiles(
+        "prefill_attention",
+        (
+            tile(BLOCK_M=64, BLOCK_N=32, stages=2, up_to=64),
+            tile(BLOCK_M=64, BLOCK_N=32, up_to=128),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=8),
+        ),
+        size="head dim",
+    ),
+    "codes": Tiles(
+        "prefill_attention_codes",
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
+        size="head dim",
+    ),
+    "float32": Tiles(
+        "prefill_attention_float32",
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16)),
+        size="head dim",
+    ),
+}
 
 PROGRAMS = 2048
 """As many programs keep a large GPU busy to the end, some of which take longer than others."""
@@ -120,10 +146,10 @@ def paged_attention(
         "scale": scale / peak * bits, "value_scale": 1.0 / peak, "softcap": None if softcap is None else softcap * bits,
         "window": window, "S": S, "D": D, "GROUP": H // G, "CAUSAL": causal, "HAS_E4M3": target_of(q.device).has_e4m3,
     }  # fmt: skip
-    few = _few_queries(q, H // G)
+    few = max(1, _tile(DECODE, common).blocks["BLOCK_M"] // (H // G))  # as many as one program's rows hold, or one
     if max_query_len <= few:
         _decode(common, R, max(max_query_len, 1), max_seq_len)
-    elif T == R * max_query_len:
+    elif R * max_query_len == T:
         _prefill(common, T, R, fewest=1)
     else:
         _decode(common, R, few, max_seq_len)
@@ -131,15 +157,17 @@ def paged_attention(
     return out
 
 
-def _few_queries(q: Tensor, group: int) -> int:
-    """How many queries a request of the decode kernel has at most: as the rows of one of its programs hold, or one."""
-    return max(1, DECODE.on(q.device, q.shape[-1] * q.itemsize).blocks["BLOCK_M"] // group)
+def _tile(tiles: dict[str, Tiles], common: dict[str, Any]) -> Tile:
+    """The tile for a call."""
+    q = common["q"]
+    kind = "float32" if q.dtype is torch.float32 else "" if common["k_scale"] is None else "codes"
+    return tiles[kind].on(q.device, common["D"])
 
 
 def _decode(common: dict[str, Any], R: int, queries: int, max_seq_len: int) -> None:
     """Serve the requests of up to ``queries`` queries."""
     q, out, (H, D, group) = common["q"], common["out"], (common[name] for name in ("H", "D", "GROUP"))
-    chosen = DECODE.on(q.device, D * q.itemsize)
+    chosen = _tile(DECODE, common)
     BLOCK_M, BLOCK_N = min(chosen.blocks["BLOCK_M"], max(16, power_of_two(queries * group))), chosen.blocks["BLOCK_N"]
     BLOCK_D = max(16, power_of_two(D))
     row_blocks = ceil_div(queries * group, BLOCK_M)
@@ -166,12 +194,11 @@ def _decode(common: dict[str, Any], R: int, queries: int, max_seq_len: int) -> N
 
 def _prefill(common: dict[str, Any], T: int, R: int, *, fewest: int) -> None:
     """Serve the requests of ``fewest`` queries and more."""
-    q, D = common["q"], common["D"]
-    chosen = PREFILL.on(q.device, D * q.itemsize)
+    chosen = _tile(PREFILL, common)
     # A request may begin and end within a tile's worth of rows: one tile each more than if they came without gaps.
     tiles = T * common["GROUP"] // chosen.blocks["BLOCK_M"] + R
     launch(
-        prefill_kernel, (tiles, common["G"]), _with(chosen, BLOCK_D=max(16, power_of_two(D)), BLOCK_R=REQUESTS),
+        prefill_kernel, (tiles, common["G"]), _with(chosen, BLOCK_D=max(16, power_of_two(common["D"])), BLOCK_R=REQUESTS),
         **common, R=R, fewest=fewest,
     )  # fmt: skip
 
@@ -182,8 +209,8 @@ def copy_kv_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
     n, size = pairs.shape[0], src.shape[1:].numel() * src.itemsize
     source, target = src.view(torch.uint8), dst.view(torch.uint8)
     if src.device != dst.device:
-        blocks = source.view(-1, size).index_select(0, pairs[:, 0])
-        target.view(-1, size).index_copy_(0, pairs[:, 1].to(dst.device), blocks.to(dst.device))
+        blocks = source.view(src.shape[0], size).index_select(0, pairs[:, 0])
+        target.view(dst.shape[0], size).index_copy_(0, pairs[:, 1].to(dst.device), blocks.to(dst.device))
     elif source.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
         _copy(source, target, pairs, size, gather=True, scatter=True)
     else:

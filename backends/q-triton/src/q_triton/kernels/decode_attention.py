@@ -33,7 +33,7 @@ def decode_kernel(
     length = tl.load(seq_lens + request)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = row // GROUP
-    heads = kv_head * GROUP + row % GROUP
+    head = row % GROUP
     rows = query < count
     positions = length - count + query
 
@@ -44,12 +44,14 @@ def decode_kernel(
     first += split * share
     last = tl.minimum(first + share, length)
 
-    tokens = (token + query).to(tl.int64)
+    first_token = token.to(tl.int64)
+    first_head = kv_head * GROUP
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     table = block_tables + request.to(tl.int64) * table_stride
-    x = load_queries(q, rows, tokens, heads, q_token_stride, q_head_stride, D, BLOCK_D)
+    first_of_q = q + first_token * q_token_stride + first_head.to(tl.int64) * q_head_stride
+    x = load_queries(first_of_q, rows, query, head, q_token_stride, q_head_stride, D, BLOCK_D)
     acc, top, total = attend(
         acc, top, total, x, positions, first, last,
         k_cache, v_cache, k_scale, v_scale, table, kv_head, G, scale, softcap, window,
@@ -58,10 +60,11 @@ def decode_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     mask = rows[:, None] & (columns < D)
     if parts is None:
-        result = mean(acc, top, total, sinks, heads, rows, value_scale)
-        tl.store(out + (tokens * H + heads)[:, None] * D + columns, result.to(out.dtype.element_ty), mask)
+        result = mean(acc, top, total, sinks, first_head + head, rows, value_scale)
+        places = (query * H + head)[:, None] * D + columns
+        tl.store(out + (first_token * H + first_head) * D + places, result.to(out.dtype.element_ty), mask)
     else:
-        places = ((request.to(tl.int64) * queries + query) * H + heads) * splits + split
+        places = ((request.to(tl.int64) * queries + query) * H + first_head + head) * splits + split
         tl.store(parts + places[:, None] * D + columns, acc, mask & (first < last))
         tl.store(tops + places, top, rows)
         tl.store(totals + places, total, rows)

@@ -1,8 +1,8 @@
 """Attention over tiles of keys and values in the paged cache, [B, G, S, D], with a softmax that is carried from tile to tile.
 
-Rows are the queries of a request times the query heads of one kv head, which share its keys. Three things are known of a row: ``top``, its
-largest logit so far; ``total``, the sum of its weights ``exp2(logit - top)``; ``acc``, the sum of the values by their weights. Logits are in
-bits: times log2(e). G kv heads, D head dim, S slots of a block.
+Rows are the queries of a request times the query heads of one kv head, which share its keys. Three things are known of a row: ``top``,
+its largest logit so far; ``total``, the sum of its weights ``exp2(logit - top)``; ``acc``, the sum of the values by their weights. Logits
+are in bits: times log2(e). G kv heads, D head dim, S slots of a block.
 """
 
 from __future__ import annotations
@@ -16,23 +16,35 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_queries(q, rows, tokens, heads, token_stride, head_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of queries, zero where ``rows`` says that there is none."""
+def load_queries(q, rows, query, head, token_stride, head_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of queries, which count from the token and head that ``q`` points to; zero where ``rows`` says that there is none."""
     columns = tl.arange(0, BLOCK_D)[None, :]
-    places = q + tokens[:, None] * token_stride + heads[:, None] * head_stride + columns
-    return tl.load(places, rows[:, None] & (columns < D), 0.0)
+    places = query.to(tl.int64)[:, None] * token_stride + head.to(tl.int64)[:, None] * head_stride + columns
+    return tl.load(q + places, rows[:, None] & (columns < D), 0.0)
+
+
+@triton.jit
+def _decoded(codes, element, HAS_E4M3: tl.constexpr):
+    """What codes, int8 or float8_e4m3fn's bytes, stand for but for their scale, in a dtype that holds it exactly."""
+    if codes.dtype == tl.int8:
+        value = codes.to(tl.float32)
+    elif HAS_E4M3:
+        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    else:
+        value = from_e4m3(codes)
+    if element == tl.bfloat16:  # the upper half of its bits: rounding, which changes nothing, costs more on most GPUs
+        return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(element)
 
 
 @triton.jit
 def _load_tile(cache, places, mask, element, WHOLE: tl.constexpr, HAS_E4M3: tl.constexpr):
-    """Keys or values, of the queries' dtype; what codes stand for is exact in each."""
+    """Keys or values, in the queries' dtype."""
     tile = tl.load(cache + places) if WHOLE else tl.load(cache + places, mask, 0.0)
-    if tile.dtype == tl.uint8:
-        if HAS_E4M3:
-            return tile.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32).to(element)
-        return from_e4m3(tile).to(element)
-    if tile.dtype == tl.int8:
-        return tile.to(tl.float32).to(element)
+    if tile.dtype != element:
+        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+        tile = tl.interleave(_decoded(even, element, HAS_E4M3), _decoded(odd, element, HAS_E4M3))
     return tile
 
 
@@ -51,19 +63,16 @@ def attend(
 ):  # fmt: skip
     """Carry the rows on over the keys ``first…last-1`` of a request, BLOCK_N at a time.
 
-    Without MASKED every row sees all of them, and they come to whole tiles. With it, nothing at ``last`` and beyond is read. ``scale`` takes
-    scores to logits; ``softcap`` and ``window`` are None where there are none. A scale of a slot that holds codes goes to the key's scores
-    and to the value's weights.
+    Without MASKED every row sees all of them, and they come to whole tiles. With it, nothing at ``last`` and beyond is read. ``scale``,
+    0 or more, takes scores to logits; ``softcap`` and ``window`` are None where there are none. The scale of a slot that holds codes goes
+    to the key's scores and to the value's weights.
     """
     columns = tl.arange(0, BLOCK_D)[None, :]
     WHOLE: tl.constexpr = not MASKED and D == BLOCK_D
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         present = keys < last
-        if MASKED:
-            block = tl.load(table + keys // S, present, 0)
-        else:
-            block = tl.load(table + keys // S)
+        block = tl.load(table + keys // S, present, 0) if MASKED else tl.load(table + keys // S)
         slots = (block.to(tl.int64) * G + kv_head) * S + keys % S
         places = slots[:, None] * D + columns
         mask = present[:, None] & (columns < D)

@@ -38,10 +38,9 @@ def _write_rows(
         x = x.to(tl.float32)
         absmax = from_bits(tl.max(magnitude_bits(x), 1))
         tl.store(scales + target, absmax, kept)
-        if cache.dtype.element_ty == tl.int8:
-            x = to_int8(_encoded(x, absmax, 127.0))
-        else:
-            x = to_e4m3(_encoded(x, absmax, 448.0))
+        PEAK: tl.constexpr = 127.0 if cache.dtype.element_ty == tl.int8 else 448.0
+        scaled = _encoded(x, absmax, PEAK)
+        x = to_int8(scaled) if cache.dtype.element_ty == tl.int8 else to_e4m3(scaled)
     tl.store(cache + target[:, None] * D + columns, x, mask)
 
 

@@ -43,13 +43,15 @@ def prefill_kernel(
     if count < fewest or first_row >= count * GROUP:
         return
     length = tl.load(seq_lens + request)
-    row = first_row + tl.arange(0, BLOCK_M)
+    # Rows count from the tile's first query, not the request's: the place of each in `out` then takes 32 bits, 64 would cost registers.
+    first_query = first_row // GROUP
+    row = first_row % GROUP + tl.arange(0, BLOCK_M)
     query = row // GROUP
-    heads = kv_head * GROUP + row % GROUP
-    rows = query < count
-    positions = length - count + query
-    first_position = length - count + first_row // GROUP
+    head = row % GROUP
+    rows = query < count - first_query
+    first_position = length - count + first_query
     last_position = length - count + tl.minimum((first_row + BLOCK_M - 1) // GROUP, count - 1)
+    positions = first_position + query
 
     first = 0
     inside = 0
@@ -61,12 +63,14 @@ def prefill_kernel(
     inside = tl.minimum(first + tl.cdiv(inside - first, BLOCK_N) * BLOCK_N, last)
     edge = inside + tl.maximum(whole - inside, 0) // BLOCK_N * BLOCK_N
 
-    tokens = (token + query).to(tl.int64)
+    first_token = (token + first_query).to(tl.int64)
+    first_head = kv_head * GROUP
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    table = block_tables + request.to(tl.int64) * table_stride
-    x = load_queries(q, rows, tokens, heads, q_token_stride, q_head_stride, D, BLOCK_D)
+    table = block_tables + tl.cast(request, tl.int64) * table_stride
+    first_of_q = q + first_token * q_token_stride + first_head.to(tl.int64) * q_head_stride
+    x = load_queries(first_of_q, rows, query, head, q_token_stride, q_head_stride, D, BLOCK_D)
     if window is not None:
         acc, top, total = attend(
             acc, top, total, x, positions, first, inside,
@@ -83,7 +87,7 @@ def prefill_kernel(
         k_cache, v_cache, k_scale, v_scale, table, kv_head, G, scale, softcap, window,
         S, D, CAUSAL, True, HAS_E4M3, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    result = mean(acc, top, total, sinks, heads, rows, value_scale)
+    result = mean(acc, top, total, sinks, first_head + head, rows, value_scale)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    places = out + (tokens * H + heads)[:, None] * D + columns
-    tl.store(places, result.to(out.dtype.element_ty), rows[:, None] & (columns < D))
+    places = (query * H + head)[:, None] * D + columns
+    tl.store(out + (first_token * H + first_head) * D + places, result.to(out.dtype.element_ty), rows[:, None] & (columns < D))
