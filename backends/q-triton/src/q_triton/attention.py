@@ -57,7 +57,7 @@ PREFILL = {
     ),
     "codes": Tiles(
         "prefill_attention_codes",
-        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2)),
         size="head dim",
     ),
     "float32": Tiles(
