@@ -137,9 +137,8 @@ def _experts(weight: Tensor, scale: Tensor | None, format: str, blocksize: int) 
 def _product(x: Tensor, experts: _Experts, pairs: _Pairs, N: int, pairs_of_row: int, gated: bool) -> Tensor:
     """Each pair's row of ``x`` through its expert: gated [1, P, N] of x's dtype, else float32 [S, P, N], to be summed over S parts of K."""
     P, K, weight, scale = pairs.number, x.shape[1], experts.weight, experts.scale
-    expert_stride, row_stride = weight.stride()[:2]
-    four_bit = experts.book is not None
-    aligned = K % (32 if four_bit else 16) == 0 and expert_stride % 16 == 0 and weight.data_ptr() % 16 == 0
+    four_bit, strides = experts.book is not None, weight.stride()[:-1]
+    aligned = K % (32 if four_bit else 16) == 0 and not any(n % 16 for n in (weight.data_ptr(), *strides))
     tiles = (FLOAT32 if x.dtype is torch.float32 else TILES[experts.format]) if aligned else UNALIGNED
     chosen = tiles.on(x.device, ceil_div(P, max(1, pairs.E)))
     blocks = {**chosen.blocks, "BLOCK_P": UNSORTED_PAIRS, "BLOCK_E": power_of_two(pairs.E)}
@@ -154,7 +153,7 @@ def _product(x: Tensor, experts: _Experts, pairs: _Pairs, N: int, pairs_of_row: 
         x=x, weight=weight, scale=scale, book=experts.book, out=out, ids=pairs.ids, order=pairs.order, starts=pairs.starts,
         tiles=numbers, P=P, E=pairs.E, N=N, K=K, part_blocks=ceil_div(ceil_div(K, BLOCK_K), S),
         pairs_of_row=pairs_of_row, x_stride=x.stride(0),
-        expert_stride=expert_stride, row_stride=row_stride, scale_stride=0 if scale is None else scale.stride(0),
+        expert_stride=strides[0], row_stride=strides[-1], scale_stride=0 if scale is None else scale.stride(0),
         scale_factor=SCALE_FACTORS.get(experts.format, 1.0),
         GATED=gated, SORTED=pairs.order is not None, FORMAT=experts.format, BLOCKSIZE=experts.blocksize,
         ALIGNED=four_bit and aligned, EVEN_K=K % BLOCK_K == 0,
