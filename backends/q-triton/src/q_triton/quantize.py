@@ -22,7 +22,7 @@ from q_triton.launch import launch
 from q_triton.shapes import ceil_div, rows_of
 from q_triton.tiles import Tile, Tiles, tile
 
-SEARCH_TABLE = Tiles("search_table", (tile(BLOCK=512, warps=4),))
+SEARCH_TABLE = Tiles("search_table", (tile(BLOCK=1024, warps=8),))
 QUANTIZE_BLOCKWISE = Tiles("quantize_blockwise", (tile(BLOCK=2048, warps=4),))
 DEQUANTIZE_BLOCKWISE = Tiles("dequantize_blockwise", (tile(BLOCK=4096, warps=4),))
 LARGEST_ABSMAX = Tiles("largest_absmax", (tile(BLOCK=8192, warps=8),))

@@ -23,7 +23,7 @@ def largest_absmax_kernel(x, largest, numel, SIZE: tl.constexpr, BLOCK: tl.const
     tl.store(largest + tl.program_id(0), tl.max(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def quantize_4bit_kernel(
     x, table, packed, absmax, largest, numel, size, parts, PARTS: tl.constexpr, RULE: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
