@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from q_triton.environment import interpreted_target
 
+HERE = Path(__file__).parent
 MISSING = interpreted_target() is None
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 torch.set_num_threads(1)  # programs are interpreted one after another; more threads only stall
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):  # the interpreter computes with numpy, which warns of what a GPU does in silence
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
