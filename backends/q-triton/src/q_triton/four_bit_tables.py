@@ -27,7 +27,7 @@ def four_bit_table(quant_type: str, device: torch.device) -> Tensor:
     Shared, not to be written to.
     """
     book = FOUR_BIT_BOOKS[quant_type]
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the default device is
         codes = torch.tensor(book.ordered)
         values = torch.tensor(book.values)[codes]
         midpoints = (values[:-1] + values[1:]) / 2

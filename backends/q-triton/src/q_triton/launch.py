@@ -13,7 +13,8 @@ from torch import Tensor
 from q_triton.environment import interpreted
 from q_triton.tiles import Tile
 
-if interpreted():
+_INTERPRETED = interpreted()
+if _INTERPRETED:
     from q_triton import interpreter
 
     interpreter.install()
@@ -72,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *, exact: bool = Fals
     """
     if 0 in grid:
         return
-    if _recorder is not None or interpreted():
+    if _recorder is not None or _INTERPRETED:
         _check_names(kernel, tile, arguments)
     if _recorder is not None:
         _recorder(Launch(kernel, grid, tile, exact, arguments))
