@@ -25,11 +25,12 @@ def quantize_blockwise_kernel(x, book, table, codes, absmax, numel, entries, SIZ
     place_bits = 0
     if table is not None:
         place_bits = tl.load(table)
+    # Each branch stores its own: a tile that both could have made would stay in registers meanwhile.
     if place_bits > 0:
-        code = nearest_by_table(value, table, place_bits)
+        tl.store(codes + start + element, nearest_by_table(value, table, place_bits).to(tl.uint8), mask)
     else:
-        code = nearest(tl.minimum(tl.maximum(value, -1.0), 1.0), book, entries)
-    tl.store(codes + start + element, code.to(tl.uint8), mask)
+        value = tl.minimum(tl.maximum(value, -1.0), 1.0)
+        tl.store(codes + start + element, nearest(value, book, entries).to(tl.uint8), mask)
 
 
 @triton.jit
