@@ -16,7 +16,7 @@ TILES: dict[str, Table] = {
             tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2),
         ),
         "prefill_attention_codes": (
-            tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
+            tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2, up_to=128),
             tile(BLOCK_M=64, BLOCK_N=32, warps=8, stages=2),
         ),
     },
