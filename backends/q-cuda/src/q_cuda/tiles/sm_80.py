@@ -27,16 +27,13 @@ TABLE: Table = {
         tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=32, GROUP_T=8, warps=8, stages=4),
     ),
     "decode_attention": (tile(BLOCK_M=32, BLOCK_N=64, stages=3, up_to=128), tile(BLOCK_M=32, BLOCK_N=32, stages=3)),
-    "decode_attention_codes": (
-        tile(BLOCK_M=32, BLOCK_N=128, warps=8, stages=3, up_to=128),
-        tile(BLOCK_M=32, BLOCK_N=64, warps=8, stages=3),
-    ),
+    "decode_attention_codes": (tile(BLOCK_M=32, BLOCK_N=64, warps=8, stages=3),),
     "prefill_attention": (
         tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
-        tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2),
+        tile(BLOCK_M=64, BLOCK_N=32, warps=8, stages=2),
     ),
     "prefill_attention_codes": (
-        tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
+        tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2, up_to=128),
         tile(BLOCK_M=64, BLOCK_N=32, warps=8, stages=2),
     ),
     "moe_gemm": (tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=128, GROUP_T=8, PROGRAMS=432, warps=4, stages=4, up_to=12), _SOME, _MANY),
