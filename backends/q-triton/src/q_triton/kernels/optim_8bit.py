@@ -17,18 +17,31 @@ from q_triton.kernels.trust_ratio import store_norm_terms
 
 
 @triton.jit
-def decoded(codes, absmax, book, mask, in_rows):
-    """A state's blocks, zeros where there is no element."""
-    code = tl.load(codes, mask, 0, eviction_policy="evict_first").to(tl.int32)
-    scale = tl.load(absmax, in_rows, 0.0)
-    return tl.load(book + code, mask, 0.0) * scale[:, None]
+def in_rows_of(x, BLOCKSIZE: tl.constexpr):
+    """Flat elements as rows, a block each."""
+    return tl.reshape(x, (x.shape[0] // BLOCKSIZE, BLOCKSIZE))
 
 
 @triton.jit
-def store_encoded(x, codes, absmax, book, table, mask, in_rows):
-    """Encode a state's blocks with new scales. Without a table, or one of a book that it can't serve, the book is bisected."""
-    bits = absmax_bits(x)
-    share = scaled(x, bits)
+def of_each(row, BLOCKSIZE: tl.constexpr):
+    """What rows have, of each of their elements, flat."""
+    return tl.reshape(tl.broadcast_to(row[:, None], (row.shape[0], BLOCKSIZE)), (row.shape[0] * BLOCKSIZE,))
+
+
+@triton.jit
+def decoded(codes, absmax, book, mask, in_rows, BLOCKSIZE: tl.constexpr):
+    """A state's elements, zeros where there are none."""
+    code = tl.load(codes, mask, 0, eviction_policy="evict_first").to(tl.int32)
+    scale = tl.load(absmax, in_rows, 0.0)
+    return tl.load(book + code, mask, 0.0) * of_each(scale, BLOCKSIZE)
+
+
+@triton.jit
+def store_encoded(x, codes, absmax, book, table, mask, in_rows, BLOCKSIZE: tl.constexpr):
+    """Encode a state's elements with new scales. Without a table, or one of a book that it can't serve, the book is bisected."""
+    rows = in_rows_of(x, BLOCKSIZE)
+    bits = absmax_bits(rows)
+    share = tl.reshape(scaled(rows, bits), x.shape)
     place_bits = 0
     if table is not None:
         place_bits = tl.load(table)
@@ -56,7 +69,8 @@ def optimizer_8bit_kernel(
     row = tl.arange(0, BLOCK // BLOCKSIZE)
     # A thread has 16 bytes of the parameter side by side, and not more: codes come in the same layout, which then nothing has to change.
     VECTOR: tl.constexpr = 128 // parameters[0].dtype.element_ty.primitive_bitwidth
-    at = tl.max_contiguous(row[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :], (1, VECTOR))
+    # All of memory is met flat: of rows Triton 3.6 would lay out the looks into books in another order.
+    at = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     mask = at < left
     in_rows = row * BLOCKSIZE < left
     block = tile.to(tl.int64) * (BLOCK // BLOCKSIZE) + row
@@ -68,33 +82,34 @@ def optimizer_8bit_kernel(
     if codes1 is not None:
         code1 = entry(codes1, program, starts) + first + at
         scale1 = entry(absmax1, program, starts) + block
-        m = decoded(code1, scale1, book1, mask, in_rows)
+        m = decoded(code1, scale1, book1, mask, in_rows, BLOCKSIZE)
     if codes2 is not None:
         code2 = entry(codes2, program, starts) + first + at
         scale2 = entry(absmax2, program, starts) + block
-        v = decoded(code2, scale2, book2, mask, in_rows)
+        v = decoded(code2, scale2, book2, mask, in_rows, BLOCKSIZE)
     if codes3 is not None:
         code3 = entry(codes3, program, starts) + first + at
         scale3 = entry(absmax3, program, starts) + block
-        slow = decoded(code3, scale3, book1, mask, in_rows)
+        slow = decoded(code3, scale3, book1, mask, in_rows, BLOCKSIZE)
 
     if sums is not None:
         a, b = norm_terms(p, g, m, v, h, RULE, TINY_EPS)
         store_norm_terms(sums, a, b, g, program)
     else:
         if ratios is None:
-            is_finite = tl.max(magnitude_bits(g), 1) < 0x7F800000
+            is_finite = tl.max(in_rows_of(magnitude_bits(g), BLOCKSIZE), 1) < 0x7F800000
             if skipped is not None:
                 counter = entry(skipped, program, starts) + tl.zeros_like(row)
                 elements = tl.minimum(left - row * BLOCKSIZE, BLOCKSIZE)
                 tl.atomic_add(counter, elements.to(tl.int64), in_rows & ~is_finite, sem="relaxed")
             in_rows = in_rows & is_finite
-            mask = mask & is_finite[:, None]
+            # Of what was reshaped the compiler doesn't see that it's the same for whole vectors.
+            mask = tl.max_constancy(mask & of_each(is_finite, BLOCKSIZE), UNIT)
         p, m, v, slow = updated(p, g, m, v, slow, ratio, h, RULE, MOMENTUM, NESTEROV, FIRST, TINY_EPS)
         tl.store(param, p.to(parameters[0].dtype.element_ty), mask)
         if codes1 is not None:
-            store_encoded(m, code1, scale1, book1, table1, mask, in_rows)
+            store_encoded(m, code1, scale1, book1, table1, mask, in_rows, BLOCKSIZE)
         if codes2 is not None:
-            store_encoded(v, code2, scale2, book2, table2, mask, in_rows)
+            store_encoded(v, code2, scale2, book2, table2, mask, in_rows, BLOCKSIZE)
         if codes3 is not None:
-            store_encoded(slow, code3, scale3, book1, table1, mask, in_rows)
+            store_encoded(slow, code3, scale3, book1, table1, mask, in_rows, BLOCKSIZE)
