@@ -36,7 +36,7 @@ DECODE = {
     ),
     "float32": Tiles(
         "decode_attention_float32",
-        (tile(BLOCK_M=16, BLOCK_N=32, up_to=64), tile(BLOCK_M=16, BLOCK_N=16)),
+        (tile(BLOCK_M=16, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
         size="head dim",
     ),
 }
@@ -62,7 +62,7 @@ PREFILL = {
     ),
     "float32": Tiles(
         "prefill_attention_float32",
-        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16)),
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
         size="head dim",
     ),
 }
