@@ -36,7 +36,11 @@ DECODE = {
     ),
     "float32": Tiles(
         "decode_attention_float32",
-        (tile(BLOCK_M=16, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
+        (
+            tile(BLOCK_M=16, BLOCK_N=16, up_to=64),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=8, up_to=128),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=16),
+        ),
         size="head dim",
     ),
 }
@@ -50,7 +54,7 @@ PREFILL = {
         "prefill_attention",
         (
             tile(BLOCK_M=64, BLOCK_N=32, stages=2, up_to=64),
-            tile(BLOCK_M=64, BLOCK_N=32, up_to=128),
+            tile(BLOCK_M=64, BLOCK_N=32, warps=8, up_to=128),
             tile(BLOCK_M=16, BLOCK_N=16, warps=8),
         ),
         size="head dim",
@@ -62,7 +66,11 @@ PREFILL = {
     ),
     "float32": Tiles(
         "prefill_attention_float32",
-        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
+        (
+            tile(BLOCK_M=32, BLOCK_N=16, up_to=64),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=8, up_to=128),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=16),
+        ),
         size="head dim",
     ),
 }
