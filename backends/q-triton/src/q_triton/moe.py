@@ -52,7 +52,7 @@ FLOAT32 = Tiles(
     "moe_gemm_float32",
     (
         tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=32, GROUP_T=8, PROGRAMS=512, warps=4, stages=2, up_to=12),
-        tile(BLOCK_T=32, BLOCK_N=64, BLOCK_K=32, GROUP_T=8, PROGRAMS=1, warps=4, stages=2),
+        tile(BLOCK_T=32, BLOCK_N=32, BLOCK_K=32, GROUP_T=8, PROGRAMS=1, warps=4, stages=2),
     ),
     size="pairs an expert",
 )
