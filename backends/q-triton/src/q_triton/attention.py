@@ -39,12 +39,12 @@ DECODE = {
         (
             tile(BLOCK_M=16, BLOCK_N=16, up_to=64),
             tile(BLOCK_M=16, BLOCK_N=16, warps=8, up_to=128),
-            tile(BLOCK_M=16, BLOCK_N=16, warps=16),
         ),
         size="head dim",
     ),
 }
-"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions.
+"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions, and which
+takes so many registers that not every GPU has a tile for long heads.
 
 Here BLOCK_M is the most rows that a program may get.
 """
@@ -69,7 +69,6 @@ PREFILL = {
         (
             tile(BLOCK_M=32, BLOCK_N=16, up_to=64),
             tile(BLOCK_M=16, BLOCK_N=16, warps=8, up_to=128),
-            tile(BLOCK_M=16, BLOCK_N=16, warps=16),
         ),
         size="head dim",
     ),
@@ -112,7 +111,14 @@ def write_kv(
     )  # fmt: skip
 
 
-@impl
+def _accepts_heads(q_THD: Tensor) -> str | None:
+    D, device = q_THD.shape[2], q_THD.device
+    if q_THD.dtype is torch.float32 and not PREFILL["float32"].covers(device, D):
+        return f"float32 heads of {D}, too long for the registers of {target_of(device).name}"
+    return None
+
+
+@impl(accepts=_accepts_heads)
 def paged_attention(
     q_THD: Tensor,
     k_cache_BGSD: Tensor,

@@ -20,6 +20,15 @@ def implementations() -> dict[str, Host]:
     return {op: found[op] for op in RECORDS if op in found}
 
 
+def declined(host: Host, arguments: Arguments) -> str | None:
+    """Why a host function doesn't take a call, ``None`` if it does."""
+    accepts = getattr(host, "q_accepts")  # noqa: B009
+    if accepts is None:
+        return None
+    reason: str | None = accepts(**{name: arguments[name] for name in inspect.signature(accepts).parameters})
+    return reason
+
+
 def call(host: Host, arguments: Arguments) -> Any:
     """Call a host function with those of an op's arguments that it takes."""
     return host(**{name: arguments[name] for name in inspect.signature(host).parameters})

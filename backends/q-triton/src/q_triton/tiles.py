@@ -101,6 +101,12 @@ class Tiles:
         choice = next(choice for choice in choices if choice.is_for(size))
         return choice if _chooser is None else _chooser(self, size, choice)
 
+    def covers(self, device: torch.device, size: int) -> bool:
+        """Whether there is a tile for a call of this size; of a device that isn't known yet, such as meta, the best is hoped."""
+        if device.type == "meta" and not compiling():
+            return True
+        return any(choice.is_for(size) for choice in _source(self.kernel, target_of(device), None if compiling() else device))
+
     def __hash__(self) -> int:
         return hash(self.kernel)
 

@@ -24,7 +24,7 @@ from triton.errors import TritonError
 
 from q_triton.aot.variants import register_tables
 from q_triton.environment import interpreted
-from q_triton.implementations import call, implementations
+from q_triton.implementations import call, declined, implementations
 from q_triton.representative import Values, examples
 from q_triton.tiles import KERNELS, Table, Tile, Tiles, chosen_by
 from q_triton.tuned import device_name, tuned_tiles, write
@@ -113,6 +113,9 @@ def answer(values: Values, ops: Iterable[str], timer: Timer, report: Callable[[s
     hosts = implementations()
     found: dict[Question, Answers] = {}
     for example in examples(values, ops):
+        if reason := declined(hosts[example.op], example.arguments):
+            report(f"{example}: declined, {reason}")
+            continue
         report(str(example))
         run = functools.partial(call, hosts[example.op], example.arguments)
         for question, before in asked(run).items():

@@ -9,7 +9,7 @@ from q_core.specs import record_of
 from q_triton import tiles
 from q_triton.aot.gate import SHARED_BYTES
 from q_triton.aot.variants import register_tables
-from q_triton.implementations import call, implementations
+from q_triton.implementations import call, declined, implementations
 from q_triton.launch import recorded
 from q_triton.representative import Values, examples
 from q_triton.targets import compiling_for, target_named
@@ -58,7 +58,8 @@ def test_every_tile_is_reached(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     target, hosts = target_named(name), implementations()
     with compiling_for(target), recorded(lambda launch: None):
         for example in examples(Values("meta"), hosts):
-            call(hosts[example.op], example.arguments)
+            if not declined(hosts[example.op], example.arguments):
+                call(hosts[example.op], example.arguments)
     table = tiles.table_of(target)
     assert not set(table) - set(tiles.KERNELS), "the table has tiles of kernels that there aren't"
     there = {(kernel, tile) for kernel, its in tiles.KERNELS.items() for tile in table.get(kernel, its.portable)}

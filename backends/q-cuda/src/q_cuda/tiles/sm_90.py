@@ -56,6 +56,14 @@ TABLE: Table = {
         tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
         tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2),
     ),
+    "decode_attention_float32": (
+        tile(BLOCK_M=16, BLOCK_N=16, up_to=64),
+        tile(BLOCK_M=16, BLOCK_N=16, warps=8),
+    ),
+    "prefill_attention_float32": (
+        tile(BLOCK_M=32, BLOCK_N=16, up_to=64),
+        tile(BLOCK_M=16, BLOCK_N=16, warps=8),
+    ),
     "moe_gemm": (
         tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=128, GROUP_T=8, PROGRAMS=528, warps=4, stages=4, up_to=12),
         tile(BLOCK_T=64, BLOCK_N=128, BLOCK_K=64, GROUP_T=8, PROGRAMS=264, warps=4, stages=4, up_to=64),

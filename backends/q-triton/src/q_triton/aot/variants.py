@@ -11,7 +11,7 @@ from typing import Any
 
 from q_core.backend import ENTRY_POINT_GROUP, Backend
 from q_triton.aot.compiling import source_of
-from q_triton.implementations import call, implementations
+from q_triton.implementations import call, declined, implementations
 from q_triton.launch import Launch, recorded
 from q_triton.plugins import FAMILIES
 from q_triton.representative import Values, examples
@@ -60,6 +60,8 @@ def variants(target: Target, *, ops: Collection[str] = (), kernels: Collection[s
     with compiling_for(target), recorded(launches.append):
         for example in examples(Values("meta"), [op for op in hosts if not ops or op in ops]):
             launches.clear()
+            if declined(hosts[example.op], example.arguments):
+                continue
             call(hosts[example.op], example.arguments)
             for launch in launches:
                 if not kernels or any(part in launch.kernel.__name__ for part in kernels):
