@@ -79,9 +79,15 @@ def kernels(session: nox.Session) -> None:
     install_wheels(session, "kernels")
     folder = Q_TRITON / "tests" / "interpreted"
     suite = folder / "test_conformance.py"
+    # Programs are interpreted one after another, however many threads there are.
+    whole = ("-k", "not test_thread_count")
     # The families' own tests run once, the whole suite once a vendor; its other architectures differ in tiles, and so at most in values.
     values = (str(suite), "-k", "test_samples or test_agreement or test_layouts or test_non_finite_values")
-    runs = {"sm_90": (str(folder),), "gfx942": (str(suite),), "xe": (str(suite),), "sm_80": values, "gfx1100": values}
+    runs = {
+        "sm_90": (str(folder), *whole),
+        **dict.fromkeys(("gfx942", "xe"), (str(suite), *whole)),
+        **dict.fromkeys(("sm_80", "gfx1100"), values),
+    }
     for target, arguments in runs.items():
         # A thread a worker: programs are interpreted one after another.
         env = {"TRITON_INTERPRET": "1", "Q_TRITON_TARGET": target, "OMP_NUM_THREADS": "1"}

@@ -58,7 +58,7 @@ def gpu_backend(
         name=name,
         device_types=(device_type if target is None else "cpu",),
         surface_version=SURFACE_VERSION,
-        priority=100,
+        priority=100 if target is None else 200,  # before what else serves the CPU: it was asked for by name
         probe=on_devices if target is None else functools.partial(_interpreter, platform, target),
         families=(tiles, *FAMILIES, *families),
         summary=summary,

@@ -30,7 +30,7 @@ KINDS = (
 )
 """Dtypes of queries and of a cache."""
 ATTENTION = record_of("paged_attention")
-EVERYTHING: dict[str, Any] = {"window": 150, "softcap": 5.0, "sinks_H": torch.linspace(-2, 3, 4)}
+EVERYTHING: dict[str, Any] = {"window": 300, "softcap": 5.0, "sinks_H": torch.linspace(-2, 3, 4)}
 CASES = [*((*kind, EVERYTHING) for kind in KINDS), (torch.bfloat16, None, {}), (torch.bfloat16, None, {"causal": False})]
 
 

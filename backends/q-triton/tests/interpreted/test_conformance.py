@@ -14,5 +14,5 @@ from q_triton.targets import target_named
 TARGET = target_named(interpreted_target() or "")
 
 CAPABILITIES = Capabilities(
-    backend=f"q_{TARGET.platform}", ops=tuple(implementations()), examples=30 if TARGET.name == "sm_90" else 6
+    backend=f"q_{TARGET.platform}", ops=tuple(implementations()), examples=10 if TARGET.name == "sm_90" else 3
 )

@@ -17,6 +17,7 @@ from q_core.specs import bounds
 from q_triton import gemm, tiles
 from q_triton.environment import interpreted_target
 from q_triton.launch import recorded
+from q_triton.targets import compiling_for, target_of
 from q_triton.tiles import Tile, Tiles, tile
 
 for name in ("q_cuda", "q_rocm", "q_xpu"):
@@ -128,7 +129,8 @@ def test_nothing_to_multiply_gives_the_bias(T: int, N: int, K: int, choose: Choo
 
 def kernels_of(T: int, N: int, K: int, **options: Any) -> list[str]:
     seen: list[str] = []
-    with recorded(lambda launch: seen.append(launch.kernel.__name__)):
+    target = target_of(torch.device("cpu"))
+    with compiling_for(target), recorded(lambda launch: seen.append(launch.kernel.__name__)):
         arguments = call(T, 1, 64, **options)
         meta = {
             "x_TK": torch.empty(T, K, dtype=arguments["x_TK"].dtype, device="meta"),
