@@ -31,7 +31,7 @@ DECODE = {
     ),
     "codes": Tiles(
         "decode_attention_codes",
-        (tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2)),
+        (tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2, up_to=128)),
         size="head dim",
     ),
     "float32": Tiles(
@@ -43,8 +43,8 @@ DECODE = {
         size="head dim",
     ),
 }
-"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions, and which
-takes so many registers that not every GPU has a tile for long heads.
+"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions. The
+latter two take so many registers that not every GPU has a tile for long heads.
 
 Here BLOCK_M is the most rows that a program may get.
 """
@@ -61,7 +61,7 @@ PREFILL = {
     ),
     "codes": Tiles(
         "prefill_attention_codes",
-        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2)),
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2, up_to=128)),
         size="head dim",
     ),
     "float32": Tiles(
@@ -111,11 +111,18 @@ def write_kv(
     )  # fmt: skip
 
 
-def _accepts_heads(q_THD: Tensor) -> str | None:
-    D, device = q_THD.shape[2], q_THD.device
-    if q_THD.dtype is torch.float32 and not PREFILL["float32"].covers(device, D):
-        return f"float32 heads of {D}, too long for the registers of {target_of(device).name}"
-    return None
+def _multiplied(q_THD: Tensor, k_cache_BGSD: Tensor) -> str:
+    """What :data:`DECODE` and :data:`PREFILL` distinguish."""
+    if q_THD.dtype is torch.float32:
+        return "float32"
+    return "codes" if k_cache_BGSD.dtype in PEAKS else ""
+
+
+def _accepts_heads(q_THD: Tensor, k_cache_BGSD: Tensor) -> str | None:
+    D, device, kind = q_THD.shape[2], q_THD.device, _multiplied(q_THD, k_cache_BGSD)
+    if all(tiles[kind].covers(device, D) for tiles in (DECODE, PREFILL)):
+        return None
+    return f"heads of {D} in {kind}, too long for the registers of {target_of(device).name}"
 
 
 @impl(accepts=_accepts_heads)
@@ -160,28 +167,22 @@ def paged_attention(
         "scale": scale / peak * bits, "value_scale": 1.0 / peak, "softcap": None if softcap is None else softcap * bits,
         "window": window, "S": S, "D": D, "GROUP": H // G, "CAUSAL": causal, "HAS_E4M3": target_of(q.device).has_e4m3,
     }  # fmt: skip
-    few = max(1, _tile(DECODE, common).blocks["BLOCK_M"] // (H // G))  # as many as one program's rows hold, or one
+    kind = _multiplied(q_THD, k_cache_BGSD)
+    few = max(1, DECODE[kind].on(q.device, D).blocks["BLOCK_M"] // (H // G))  # as many as one program's rows hold, or one
     if max_query_len <= few:
-        _decode(common, R, max(max_query_len, 1), max_seq_len)
+        _decode(common, kind, R, max(max_query_len, 1), max_seq_len)
     elif R * max_query_len == T:
-        _prefill(common, T, R, fewest=1)
+        _prefill(common, kind, T, R, fewest=1)
     else:
-        _decode(common, R, few, max_seq_len)
-        _prefill(common, T, R, fewest=few + 1)
+        _decode(common, kind, R, few, max_seq_len)
+        _prefill(common, kind, T, R, fewest=few + 1)
     return out
 
 
-def _tile(tiles: dict[str, Tiles], common: dict[str, Any]) -> Tile:
-    """The tile for a call."""
-    q = common["q"]
-    kind = "float32" if q.dtype is torch.float32 else "" if common["k_scale"] is None else "codes"
-    return tiles[kind].on(q.device, common["D"])
-
-
-def _decode(common: dict[str, Any], R: int, queries: int, max_seq_len: int) -> None:
+def _decode(common: dict[str, Any], kind: str, R: int, queries: int, max_seq_len: int) -> None:
     """Serve the requests of up to ``queries`` queries."""
     q, out, (H, D, group) = common["q"], common["out"], (common[name] for name in ("H", "D", "GROUP"))
-    chosen = _tile(DECODE, common)
+    chosen = DECODE[kind].on(q.device, D)
     BLOCK_M, BLOCK_N = min(chosen.blocks["BLOCK_M"], max(16, power_of_two(queries * group))), chosen.blocks["BLOCK_N"]
     BLOCK_D = max(16, power_of_two(D))
     row_blocks = ceil_div(queries * group, BLOCK_M)
@@ -206,13 +207,14 @@ def _decode(common: dict[str, Any], R: int, queries: int, max_seq_len: int) -> N
         )  # fmt: skip
 
 
-def _prefill(common: dict[str, Any], T: int, R: int, *, fewest: int) -> None:
+def _prefill(common: dict[str, Any], kind: str, T: int, R: int, *, fewest: int) -> None:
     """Serve the requests of ``fewest`` queries and more."""
-    chosen = _tile(PREFILL, common)
+    q, D = common["q"], common["D"]
+    chosen = PREFILL[kind].on(q.device, D)
     # A request may begin and end within a tile's worth of rows: one tile each more than if they came without gaps.
     tiles = T * common["GROUP"] // chosen.blocks["BLOCK_M"] + R
     launch(
-        prefill_kernel, (tiles, common["G"]), _with(chosen, BLOCK_D=max(16, power_of_two(common["D"])), BLOCK_R=REQUESTS),
+        prefill_kernel, (tiles, common["G"]), _with(chosen, BLOCK_D=max(16, power_of_two(D)), BLOCK_R=REQUESTS),
         **common, R=R, fewest=fewest,
     )  # fmt: skip
 

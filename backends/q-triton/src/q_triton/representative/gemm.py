@@ -27,6 +27,7 @@ def gemm_4bit(values: Values) -> Calls:
     floats = ((1, "nf4", F16), (1, "nf4", F32), (512, "nf4", F32))
     for T, quant_type, dtype in (*((T, "nf4", BF16) for T in TOKENS), *others, *floats):
         yield _gemm_4bit(values, T, N, K, quant_type, dtype, "native")
+    yield _gemm_4bit(values, 256, N, K, "nf4", BF16, "native")
     yield _gemm_4bit(values, 1, N, K, "nf4", BF16, "int8")
     yield _gemm_4bit(values, 512, K, N, "nf4", BF16, "int8")
 

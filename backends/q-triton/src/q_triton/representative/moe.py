@@ -22,6 +22,8 @@ class Experts:
 
 
 MIXTRAL, QWEN = Experts(8, 2, 4096, 14336), Experts(128, 8, 2048, 768)
+ODD = Experts(8, 2, 2049, 769)
+"""Rows that begin anywhere."""
 
 
 def route_topk(values: Values) -> Calls:
@@ -45,12 +47,12 @@ def _weight(values: Values, E: int, rows: int, columns: int, format: str, dtype:
 def fused_moe(values: Values) -> Calls:
     for T, experts, format, dtype in (
         *((T, QWEN, "dense", BF16) for T in (1, 16, 64, 512, 4096)), (1, MIXTRAL, "dense", BF16), (1, QWEN, "int8", BF16),
-        (512, QWEN, "fp8", BF16), *((T, QWEN, "nf4", BF16) for T in (1, 4096)), (1, QWEN, "fp4", BF16), (1, QWEN, "int4", BF16),
+        (512, MIXTRAL, "dense", BF16), (512, ODD, "dense", BF16), (512, QWEN, "fp8", BF16), (4096, QWEN, "int8", BF16), *((T, QWEN, "nf4", BF16) for T in (1, 4096)), (1, QWEN, "fp4", BF16), (1, QWEN, "int4", BF16),
         (512, QWEN, "mxfp4", BF16), (4096, QWEN, "nvfp4", BF16), (1, QWEN, "dense", F32), (4096, QWEN, "dense", F32),
     ):  # fmt: skip
         w13, w13_scale = _weight(values, experts.E, 2 * experts.N, experts.K, format, dtype)
         w2, w2_scale = _weight(values, experts.E, experts.K, experts.N, format, dtype)
-        yield f"T={T}, {experts.k} of {experts.E}, {format}, {TITLES[dtype]}", {
+        yield f"T={T}, {experts.k} of {experts.E} x {experts.K}, {format}, {TITLES[dtype]}", {
             "x_TK": values.normal(T, experts.K, dtype=dtype), "w13": w13, "w2": w2, "topk_weights": values.uniform(T, experts.k),
             "topk_ids": values.integers(T, experts.k, low=0, high=experts.E, dtype=torch.int32),
             "format": format, "intermediate_size": experts.N, "w13_scale": w13_scale, "w2_scale": w2_scale,

@@ -17,6 +17,7 @@ LARGE = ((14336, 4096),)
 LAYER = (*LARGE, (4096,), (4096,))
 """With the weights of norms, which are updated together."""
 BLOCKSIZE = 256
+LONGER_BLOCKS = (1024, 2048, 4096)
 VALUES: dict[str, Any] = {
     "beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8, "dampening": 0.0, "nesterov": False,
     "trust_coefficient": 0.01,
@@ -60,14 +61,15 @@ STEPS = (
 
 
 def optimizer_step_8bit(values: Values) -> Calls:
-    for step in STEPS:
+    for step, blocksize in (*((step, BLOCKSIZE) for step in STEPS), *((Step("adamw"), blocksize) for blocksize in LONGER_BLOCKS)):
         call = step.arguments(values)
         for i, state in enumerate(ALL_STATES, 1):
             held = step.shapes if state in step.states else ()
             call[state] = [values.packed(*shape) for shape in held]
-            call[f"absmax{i}"] = [values.uniform(torch.Size(shape).numel() // BLOCKSIZE) for shape in held]
+            call[f"absmax{i}"] = [values.uniform(torch.Size(shape).numel() // blocksize) for shape in held]
         code1, code2 = (dynamic_map(signed=signed, device=values.device) for signed in (True, False))
-        yield step.title, call | {"code1": code1, "code2": code2, "blocksize": BLOCKSIZE}
+        title = step.title if blocksize == BLOCKSIZE else f"{step.title}, blocks of {blocksize}"
+        yield title, call | {"code1": code1, "code2": code2, "blocksize": blocksize}
 
 
 def optimizer_step_32bit(values: Values) -> Calls:
