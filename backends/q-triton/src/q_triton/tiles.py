@@ -96,9 +96,15 @@ class Tiles:
         KERNELS[self.kernel] = self
 
     def on(self, device: torch.device, size: int = 0) -> Tile:
-        """The tile for a call of this size on a device."""
+        """The tile for a call of this size on a device.
+
+        Raises:
+            ValueError: there is none; :meth:`covers` says so before.
+        """
         choices = _source(self.kernel, target_of(device), None if compiling() else device)
-        choice = next(choice for choice in choices if choice.is_for(size))
+        choice = next((choice for choice in choices if choice.is_for(size)), None)
+        if choice is None:
+            raise ValueError(f"{self.kernel} has no tile for {size} {self.size} on {target_of(device).name}.")
         return choice if _chooser is None else _chooser(self, size, choice)
 
     def covers(self, device: torch.device, size: int) -> bool:

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from q_core.registry import registry
 from q_triton.environment import interpreted_target
 
 HERE = Path(__file__).parent
 MISSING = interpreted_target() is None
 collect_ignore_glob = ["test_*.py"] if MISSING else []
+
+if not MISSING:
+    registry()  # host functions that are called directly have the target's tiles, too
 
 torch.set_num_threads(1)  # programs are interpreted one after another; more threads only stall
 

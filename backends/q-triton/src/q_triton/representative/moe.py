@@ -47,7 +47,8 @@ def _weight(values: Values, E: int, rows: int, columns: int, format: str, dtype:
 def fused_moe(values: Values) -> Calls:
     for T, experts, format, dtype in (
         *((T, QWEN, "dense", BF16) for T in (1, 16, 64, 512, 4096)), (1, MIXTRAL, "dense", BF16), (1, QWEN, "int8", BF16),
-        (512, MIXTRAL, "dense", BF16), (512, ODD, "dense", BF16), (512, QWEN, "fp8", BF16), (4096, QWEN, "int8", BF16), *((T, QWEN, "nf4", BF16) for T in (1, 4096)), (1, QWEN, "fp4", BF16), (1, QWEN, "int4", BF16),
+        (512, MIXTRAL, "dense", BF16), (512, ODD, "dense", BF16), (512, QWEN, "fp8", BF16), (4096, QWEN, "int8", BF16),
+        *((T, QWEN, "nf4", BF16) for T in (1, 4096)), (1, QWEN, "fp4", BF16), (1, QWEN, "int4", BF16),
         (512, QWEN, "mxfp4", BF16), (4096, QWEN, "nvfp4", BF16), (1, QWEN, "dense", F32), (4096, QWEN, "dense", F32),
     ):  # fmt: skip
         w13, w13_scale = _weight(values, experts.E, 2 * experts.N, experts.K, format, dtype)
