@@ -32,6 +32,10 @@ HINTS = ("warp_specialize", "disallow_acc_multi_buffer", "flatten")
 """Arguments of loops that are for one architecture."""
 
 
+GUARDED = {("flash", "tl.float8e4nv")}
+"""What a module has in a branch that is compiled for none but the targets that can do it: HAS_E4M3, elsewhere integers do the same."""
+
+
 def faults(source: str) -> Iterator[str]:
     """What isn't portable in a module of kernels, a line each."""
     for node in ast.walk(ast.parse(source)):
@@ -64,7 +68,8 @@ def _of_import(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_kernels_are_portable(path: Path) -> None:
-    assert not list(faults(path.read_text()))
+    found = [fault for fault in faults(path.read_text()) if (path.stem, fault.partition(": ")[2]) not in GUARDED]
+    assert not found
 
 
 def test_there_are_kernels() -> None:

@@ -8,6 +8,7 @@ in a warning, and the tables decide as if it weren't there.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import re
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from q_triton.environment import cache_folder
 from q_triton.targets import target_of
@@ -33,9 +33,14 @@ def device_name(device: torch.device) -> str:
     return str(module.get_device_name(device))
 
 
+def _triton() -> str:
+    """Triton's version; host functions may be called without it, to see what they would launch."""
+    return str(importlib.import_module("triton").__version__) if importlib.util.find_spec("triton") else "missing"
+
+
 def path_of(device: torch.device) -> Path:
     """Where a device's tiles are kept."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device_name(device)} triton {triton.__version__}")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device_name(device)} triton {_triton()}")
     return cache_folder() / f"tiles-{name}.json"
 
 
@@ -44,7 +49,7 @@ def write(device: torch.device, table: Table) -> Path:
     path = path_of(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     kernels = {kernel: [as_json(choice) for choice in choices] for kernel, choices in sorted(table.items())}
-    data = {"device": device_name(device), "triton": triton.__version__, "kernels": kernels}
+    data = {"device": device_name(device), "triton": _triton(), "kernels": kernels}
     unfinished = path.with_suffix(".unfinished")  # whoever reads meanwhile gets the old file or the new one
     unfinished.write_text(json.dumps(data, indent=1) + "\n")
     unfinished.replace(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from q_cuda.tiles import sm_80, sm_90
-from q_triton.tiles import register
+from q_triton.tiles import Table, register
 
-register({"sm_80": sm_80.TABLE, "sm_90": sm_90.TABLE})
+TILES: dict[str, Table] = {"sm_80": sm_80.TABLE, "sm_90": sm_90.TABLE}
+
+register(TILES)

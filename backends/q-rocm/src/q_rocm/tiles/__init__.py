@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from q_rocm.tiles import cdna
-from q_triton.tiles import register
+from q_triton.tiles import Table, register
 
-register({"gfx90a": cdna.TABLE, "gfx942": cdna.TABLE})
+TILES: dict[str, Table] = {"gfx90a": cdna.TABLE, "gfx942": cdna.TABLE}
+
+register(TILES)
