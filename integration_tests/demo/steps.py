@@ -69,13 +69,13 @@ def pretrain(settings: Settings, text: Text, device: torch.device) -> Trained:
     """Train twice from the same weights on the same data in the same order."""
     config = settings.model_config()
     pace = measure_pace(
-        new_model(config, device, seed=SEED), next(data.random_windows(text.train, settings.pretraining, seed=SEED))
+        new_model(config, seed=SEED).to(device), next(data.random_windows(text.train, settings.pretraining, seed=SEED))
     )
     phase = pace.fit(settings.pretraining, settings.pretraining_seconds)
     losses, states = {}, {}
     for kind in (torch.optim.AdamW, q_optim.AdamW8bit):
         name = kind.__name__
-        model = new_model(config, device, seed=SEED)
+        model = new_model(config, seed=SEED).to(device)
         optimizer = kind(model.parameters(), lr=phase.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
         losses[name] = train(
             model, optimizer, data.random_windows(text.train, phase, seed=SEED), phase, autocast=pace.autocast, title=name

@@ -22,10 +22,10 @@ OPTIMIZER_SHARE = 1.2
 """A whole step's time over its forward and backward alone."""
 
 
-def new_model(config: LlamaConfig, device: torch.device, *, seed: int) -> LlamaForCausalLM:
-    """A float32 model of random weights, the same for the same seed on any device."""
+def new_model(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
+    """A float32 model of random weights, on the CPU: the same for the same seed."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(device)
+    return LlamaForCausalLM(config)
 
 
 def train(

@@ -5,22 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from q_triton.kernels.codes import from_e4m3
+from q_triton.kernels.codes import from_e4m3, from_int8, narrowed
 from q_triton.kernels.four_bit_weights import decode_4bit_tile
-
-
-@triton.jit
-def from_int8(codes):
-    """int8 as float32. In the last bits of 1.5 * 2^23 an integer is as it is: cheaper on most GPUs than to convert it."""
-    return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-
-
-@triton.jit
-def narrowed(value, dtype: tl.constexpr):
-    """float32 of at most eight bits in another type, exactly: bfloat16 is its upper half."""
-    if dtype == tl.bfloat16:
-        return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
 
 
 @triton.jit

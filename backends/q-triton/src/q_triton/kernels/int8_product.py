@@ -10,23 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from q_triton.kernels.codes import from_int8, narrowed
 from q_triton.kernels.order import grouped
 from q_triton.kernels.scaled import scaled
-
-
-@triton.jit
-def code_values(codes, dtype: tl.constexpr):
-    """int8 codes in a floating-point type, exactly.
-
-    By an addition to the last bits of a float32: a GPU converts integers at a quarter of the rate, too slowly for its memory. A code's
-    bits are all in the upper half of the float32, which is the bfloat16: not every GPU has an instruction that would round to one.
-    """
-    value = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    if dtype == tl.bfloat16:
-        decoded = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        decoded = value.to(dtype)
-    return decoded
 
 
 @triton.jit
@@ -35,7 +21,7 @@ def add_product(codes, a, total):
     if a.dtype == tl.int8:
         total = tl.dot(codes, a, total, out_dtype=tl.int32)
     else:
-        total = tl.dot(code_values(codes, a.dtype), a, total, input_precision="ieee")
+        total = tl.dot(narrowed(from_int8(codes), a.dtype), a, total, input_precision="ieee")
     return total
 
 
