@@ -17,7 +17,9 @@ from benchmarks.cases import modules
 from benchmarks.clock import milliseconds
 from benchmarks.gpu_cases import FAMILIES
 from benchmarks.gpu_cases.sizes import small
+from benchmarks.optimizer_settings import SETTINGS
 from benchmarks.record import Record, measure
+from q_core.optimizers import RULES
 
 
 def lasting(seconds: float) -> Call:
@@ -233,3 +235,7 @@ def test_times_of_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "broken isn't measured: ValueError" in printed and "stream is capturing" in printed
     with pytest.raises(ValueError, match="no kernel image"):
         clock({"ours": broken}, 3, 0.05)
+
+
+def test_every_optimizer_rule_is_measured() -> None:
+    assert SETTINGS.keys() == RULES.keys()

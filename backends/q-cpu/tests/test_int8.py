@@ -50,7 +50,7 @@ def test_int8_gemm_is_exact(leading, N, K, dtype, bias_dtype, seed):
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_int8_gemm_holds_the_largest_sums(T):
-    K = 131072
+    K = 131071
     a = torch.tensor([[127], [-128]] * T, dtype=torch.int8).repeat(1, K)
     b = torch.tensor([[127], [-128], [-127]], dtype=torch.int8).repeat(1, K)
     ones = torch.ones(2 * T)
@@ -58,7 +58,7 @@ def test_int8_gemm_holds_the_largest_sums(T):
     sums = torch.tensor([[127 * 127, -127 * 128, -127 * 127], [-128 * 127, 128 * 128, 128 * 127]] * T).double() * K
     assert torch.equal(out, sums.float() * torch.tensor(1 / 16129))
     a = torch.zeros(1, K + 1, dtype=torch.int8)
-    with pytest.raises(ValueError, match="int8_gemm: a_TK has K = 131073, expected at most 131072"):
+    with pytest.raises(ValueError, match="int8_gemm: a_TK has K = 131072, expected at most 131071"):
         int8.int8_gemm(a, a, ones[:1], ones[:1], None, torch.float32)
 
 

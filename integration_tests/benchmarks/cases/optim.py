@@ -12,6 +12,7 @@ from torch import Tensor
 import q_optim
 from benchmarks.case import Call, Case, Target
 from benchmarks.inputs import normal
+from benchmarks.optimizer_settings import SETTINGS
 from q_core import ops
 from q_core.optimizers import RULES
 
@@ -19,23 +20,10 @@ ELEMENTS = 4096 * 4096
 BLOCKSIZE = 256
 BYTES = {"float32": 4, "bfloat16": 2}
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01},
-    "ademamix": {"beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8},
-    "lion": {"beta1": 0.9, "beta2": 0.99},
-    "sgd": {"beta1": 0.9},
-    "rmsprop": {"beta2": 0.99, "eps": 1e-8},
-    "adagrad": {"eps": 1e-10},
-    "lamb": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "lars": {"beta1": 0.9, "trust_coefficient": 0.001, "eps": 1e-8},
-}
-assert SETTINGS.keys() == RULES.keys()
-
 
 def cases() -> Iterator[Case]:
     gradient = normal(ELEMENTS, scale=1e-3)
-    for name in ("adamw", *(name for name in RULES if name != "adamw")):
+    for name in SETTINGS:
         peers = {f"bitsandbytes {name}": _stepper(their, [ELEMENTS]) for their in [_theirs(name)] if their is not None}
         if name == "adamw":
             fused = {"torch fused AdamW": _stepper(torch.optim.AdamW, [ELEMENTS], fused=True)}

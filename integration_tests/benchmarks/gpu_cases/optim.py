@@ -12,24 +12,13 @@ from torch import Tensor
 import q_optim
 from benchmarks.case import Call, Case, Target, Work
 from benchmarks.gpu_cases.sizes import BITSANDBYTES, Sizes, agrees
+from benchmarks.optimizer_settings import SETTINGS
 from q_core import ops
 from q_core.formats.codebooks import dynamic_map
 from q_core.optimizers import RULES
 from q_core.reference import optim as reference
 
 BLOCKSIZE = 256
-SETTINGS: dict[str, dict[str, Any]] = {
-    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01},
-    "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "ademamix": {"beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8},
-    "lion": {"beta1": 0.9, "beta2": 0.99},
-    "sgd": {"beta1": 0.9},
-    "rmsprop": {"beta2": 0.99, "eps": 1e-8},
-    "adagrad": {"eps": 1e-10},
-    "lamb": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "lars": {"beta1": 0.9, "trust_coefficient": 0.001, "eps": 1e-8},
-}
-assert SETTINGS.keys() == RULES.keys()
 GATE, STRETCH = Target(fraction=0.80, ratios={"bitsandbytes": 1.0}), Target(fraction=0.88)
 CHECKED = 2**16
 """Elements of a step that is compared with float64's."""

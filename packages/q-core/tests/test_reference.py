@@ -187,11 +187,18 @@ def test_int8_activations_are_rounded_rows() -> None:
 
 
 def test_int8_gemm_is_exact_at_the_largest_sums() -> None:
-    K = 131_072
-    a, b = torch.full((1, K), -127, dtype=torch.int8), torch.full((2, K), 127, dtype=torch.int8)
-    b[1] = -128
-    y = ops.int8_gemm(a, b, torch.ones(1), torch.ones(2))
-    torch.testing.assert_close(y, torch.tensor([[-K * 127.0 * 127 / 16129, K * 127.0 * 128 / 16129]]))
+    K = 131_071
+    a = torch.tensor([[-127], [-128]], dtype=torch.int8).repeat(1, K)
+    b = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, K)
+    y = ops.int8_gemm(a, b, torch.ones(2), torch.ones(2))
+    products = torch.tensor([[-127.0 * 127, 127 * 128], [-128 * 127, 128 * 128]], dtype=torch.float64)
+    torch.testing.assert_close(y, (K * products / 16129).float())
+
+
+def test_int8_gemm_refuses_sums_past_int32() -> None:
+    a = torch.zeros(1, 131_072, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"int8_gemm.*b_NK.*131071"):
+        ops.int8_gemm(a, a, torch.ones(1), torch.ones(1))
 
 
 @pytest.mark.parametrize("H", [4, 8])

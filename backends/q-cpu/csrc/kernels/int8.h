@@ -7,7 +7,7 @@
 
 namespace q_cpu {
 
-constexpr int64_t kMaxInt8K = 131072;  // int32 holds the sum of so many products
+constexpr int64_t kMaxInt8K = 131071;  // int32 holds the sum of so many products, of -128 with -128 too
 
 // Out features that the kernels of many tokens, and those of few, like to get a multiple of.
 constexpr int64_t kManyTokensRows = 64;

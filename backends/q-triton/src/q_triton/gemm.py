@@ -18,8 +18,8 @@ from q_core.formats.codebooks import book_tensor
 from q_core.layouts import decline_private
 from q_triton.kernels.four_bit_weights import decode_4bit_kernel
 from q_triton.kernels.gemm_4bit import gemm_4bit_kernel, gemv_4bit_kernel, sum_parts_kernel
-from q_triton.kernels.rounded_rows import rounded_rows_kernel
 from q_triton.launch import launch
+from q_triton.quantize import round_rows
 from q_triton.shapes import ceil_div, rows_of
 from q_triton.tiles import Tile, Tiles, tile
 
@@ -50,9 +50,6 @@ GEMV_4BIT = Tiles("gemv_4bit", (tile(BLOCK_N=16, BLOCK_K=256, PROGRAMS=512, warp
 
 DECODE_4BIT = Tiles("decode_4bit", (tile(BLOCK_N=16, BLOCK_K=256, warps=4),))
 SUM_PARTS = Tiles("sum_parts", (tile(BLOCK_N=512, warps=4),))
-ROUNDED_ROWS = Tiles(
-    "rounded_rows", (tile(BLOCK_K=1024, warps=4, up_to=4096), tile(BLOCK_K=4096, warps=8)), size="elements of a row"
-)
 
 
 @impl(accepts=decline_private)
@@ -80,7 +77,7 @@ def gemm_4bit(
     """
     x = rows_of(x_TK)
     if activations == "int8":
-        x = _rounded(x)
+        x = round_rows(x)
     (N, K), (T, _), codes = shape, x.shape, packed.contiguous()
     weight = {
         "packed": codes, "absmax": absmax.contiguous(), "book": book_tensor(quant_type, x.device), "N": N, "K": K,
@@ -148,13 +145,4 @@ def _product(x: Tensor, weight: dict[str, Any], bias: Tensor | None, chosen: Til
         summing = SUM_PARTS.on(x.device)
         grid = (T, ceil_div(N, summing.blocks["BLOCK_N"]))
         launch(sum_parts_kernel, grid, summing, parts=sums, bias=bias, out=out, S=S, T=T, N=N)
-    return out
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Rows as int8 codes and a scale hold them."""
-    T, K = x.shape
-    out = torch.empty((T, K), dtype=x.dtype, device=x.device)
-    chosen = ROUNDED_ROWS.on(x.device, K)
-    launch(rounded_rows_kernel, (T,), chosen, exact=True, x=x, out=out, K=K, x_stride=x.stride(0))
     return out

@@ -147,10 +147,22 @@ def quantize_int8_rowwise(A_TK: Tensor, threshold: float) -> tuple[Tensor, Tenso
             outlier_columns_kernel, (ceil_div(T, chosen.blocks["BLOCK_T"]), ceil_div(K, chosen.blocks["BLOCK_K"])), chosen,
             x=rows, outliers=marks, T=T, K=K, x_stride=rows.stride(0), threshold=threshold,
         )  # fmt: skip
-    chosen = QUANTIZE_INT8_ROWS.on(A_TK.device, K)
+    _int8_rows(rows, codes, absmax, marks, threshold)
+    return codes, absmax, outliers
+
+
+def round_rows(x_TK: Tensor) -> Tensor:
+    """Rows as int8 codes and a scale hold them, in their own dtype."""
+    out = torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
+    _int8_rows(x_TK, out, None, None, 0.0)
+    return out
+
+
+def _int8_rows(rows: Tensor, codes: Tensor, absmax: Tensor | None, marks: Tensor | None, threshold: float) -> None:
+    T, K = rows.shape
+    chosen = QUANTIZE_INT8_ROWS.on(rows.device, K)
     launch(
         quantize_int8_rows_kernel, (ceil_div(T, chosen.blocks["BLOCK_T"]),), chosen, exact=True,
         x=rows, codes=codes, absmax=absmax, outliers=marks, T=T, K=K, x_stride=rows.stride(0), threshold=threshold,
         OUTLIERS=threshold > 0, WHOLE=chosen.blocks["BLOCK_K"] >= K,
     )  # fmt: skip
-    return codes, absmax, outliers

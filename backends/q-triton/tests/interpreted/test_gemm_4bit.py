@@ -14,7 +14,7 @@ from q_core.formats.codebooks import FOUR_BIT_BOOKS
 from q_core.layouts import CANONICAL
 from q_core.reference import gemm as reference
 from q_core.specs import bounds
-from q_triton import gemm, tiles
+from q_triton import gemm, quantize, tiles
 from q_triton.environment import interpreted_target
 from q_triton.launch import recorded
 from q_triton.targets import compiling_for, target_of
@@ -154,7 +154,7 @@ def test_which_kernels_are_launched() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_rounded_as_int8_codes_hold_them(dtype: torch.dtype, choose: Choose) -> None:
     smallest = torch.finfo(dtype).smallest_normal
-    choose(gemm.ROUNDED_ROWS, tile(BLOCK_K=32))
+    choose(quantize.QUANTIZE_INT8_ROWS, tile(BLOCK_T=2, BLOCK_K=32))
     x = torch.randn(9, 70).to(dtype)
     x[1] = 0
     x[2] *= smallest  # subnormal
@@ -163,7 +163,7 @@ def test_rows_are_rounded_as_int8_codes_hold_them(dtype: torch.dtype, choose: Ch
     x[5] = torch.arange(-35, 35) / 127 * 2  # codes and halves between them
     x[5, 69] = 1
     x[6] = -1
-    assert torch.equal(gemm._rounded(x).nan_to_num(7), reference.round_rows(x).to(dtype).nan_to_num(7))
+    assert torch.equal(quantize.round_rows(x).nan_to_num(7), reference.round_rows(x).to(dtype).nan_to_num(7))
 
 
 def test_int8_activations_on_every_way(choose: Choose) -> None:

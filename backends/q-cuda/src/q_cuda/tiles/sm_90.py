@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from q_cuda.tiles.common import COMMON
 from q_triton.tiles import Table, tile
 
 _MOE_CODES = (
@@ -11,6 +12,7 @@ _MOE_CODES = (
 )
 
 TABLE: Table = {
+    **COMMON,
     "quantize_blockwise": (tile(BLOCK=4096, warps=4),),
     "gemm_4bit": (
         tile(BLOCK_T=16, BLOCK_N=128, BLOCK_K=128, PROGRAMS=512, warps=4, stages=3, up_to=16),
@@ -18,15 +20,6 @@ TABLE: Table = {
         tile(BLOCK_T=64, BLOCK_N=128, BLOCK_K=64, PROGRAMS=384, warps=4, stages=3, up_to=64),
         tile(BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, PROGRAMS=256, warps=8, stages=3, up_to=256),
         tile(),  # from here on, decoded first
-    ),
-    # The tokens are the right operand, whose tiles may have 8 columns here.
-    "int8_gemm_few": (
-        tile(BLOCK_T=8, BLOCK_N=16, BLOCK_K=128, SLICES=4, warps=4, stages=5, up_to=8),
-        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=128, SLICES=4, warps=4, stages=4),
-    ),
-    "gemm_int8_weight_few": (
-        tile(BLOCK_T=8, BLOCK_N=16, BLOCK_K=128, SLICES=4, warps=4, stages=4, up_to=8),
-        tile(BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, SLICES=4, warps=4, stages=4),
     ),
     "int8_gemm": (
         tile(BLOCK_T=64, BLOCK_N=64, BLOCK_K=128, GROUP_T=8, warps=4, stages=5, up_to=64),
@@ -55,10 +48,6 @@ TABLE: Table = {
     "prefill_attention_codes": (
         tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
         tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2),
-    ),
-    "decode_attention_float32": (
-        tile(BLOCK_M=16, BLOCK_N=16, up_to=64),
-        tile(BLOCK_M=16, BLOCK_N=16, warps=8),
     ),
     "prefill_attention_float32": (
         tile(BLOCK_M=32, BLOCK_N=16, up_to=64),

@@ -55,8 +55,10 @@ def narrowed(value, dtype: tl.constexpr):
 
 @triton.jit
 def to_int8(x):
-    """float32 within ±127 as int8, rounded to nearest, ties to even: the sum with 1.5 * 2^23 has no place for a fraction."""
-    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    """float32 within ±127 as int8, rounded to nearest, ties to even: the last bits of its sum with 1.5 * 2^23, which has no place for a
+    fraction.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -5,26 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from q_triton.kernels.codes import from_bits, magnitude_bits
-from q_triton.kernels.scales import INFINITY
-
-
-@triton.jit
-def int8_codes(x, bits):
-    """Rows of x as int8 by their absmax of these bits; 0 where that is zero or not finite.
-
-    Times 127 / absmax, or over absmax and times 127 where the former overflows: in the rare tile that has such a row, or one that isn't
-    finite. Adding 1.5 * 2^23 rounds to an integer, ties to even, which then is the sum's last bits.
-    """
-    is_finite = (bits > 0) & (bits < INFINITY)
-    absmax = from_bits(tl.where(is_finite, bits, 0x3F800000))
-    factor = tl.div_rn(127.0, absmax)
-    is_plain = is_finite & (magnitude_bits(factor) < INFINITY)
-    result = x * tl.where(is_plain, factor, 0.0)[:, None]
-    if tl.max(((bits > 0) & ~is_plain).to(tl.int32), 0) > 0:
-        quotient = tl.div_rn(x, absmax[:, None]) * 127.0
-        result = tl.where(is_plain[:, None], result, tl.where(is_finite[:, None], quotient, 0.0))
-    return (result + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+from q_triton.kernels.codes import from_bits, from_int8, magnitude_bits, to_int8
+from q_triton.kernels.scales import stretched
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -43,7 +25,10 @@ def quantize_int8_rows_kernel(
     x, codes, absmax, outliers, T, K, x_stride, threshold,
     OUTLIERS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows. A row that fits into BLOCK_K stays in registers; a longer one is read again, from the cache, to be scaled."""
+    """BLOCK_T rows. A row that fits into BLOCK_K stays in registers; a longer one is read again, from the cache, to be scaled.
+
+    Where ``codes`` isn't of int8, it is given what the codes stand for, and no absmax is stored.
+    """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_rows = (rows < T)[:, None]
     at = rows.to(tl.int64)[:, None]
@@ -56,13 +41,16 @@ def quantize_int8_rows_kernel(
         if OUTLIERS:
             magnitude = tl.where(from_bits(magnitude) >= threshold, 0, magnitude)
         bits = tl.maximum(bits, tl.max(magnitude, 1))
-    tl.store(absmax + rows, from_bits(bits), rows < T)
+    if absmax is not None:
+        tl.store(absmax + rows, from_bits(bits), rows < T)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
         mask = in_rows & (columns < K)
         if not WHOLE:
             value = tl.load(x + at * x_stride + columns, mask, 0.0).to(tl.float32)
-        code = int8_codes(value, bits)
+        code = to_int8(stretched(value, bits, 127.0))
         if OUTLIERS:
             code = tl.where(tl.load(outliers + columns, columns < K, 1) != 0, 0, code).to(tl.int8)
+        if codes.dtype.element_ty != tl.int8:
+            code = (from_int8(code) * tl.div_rn(from_bits(bits), 127.0)[:, None]).to(codes.dtype.element_ty)
         tl.store(codes + at * K + columns, code, mask)

@@ -5,18 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from q_triton.kernels.codes import from_bits, magnitude_bits, to_e4m3, to_int8
-
-
-@triton.jit
-def _encoded(x, absmax, PEAK: tl.constexpr):
-    """Rows of float32 as numbers within ±PEAK that are to be rounded to codes: 0 where a row's absmax is 0, infinite or NaN."""
-    divisor = absmax[:, None]
-    factor = tl.div_rn(tl.full(divisor.shape, PEAK, tl.float32), divisor)
-    # PEAK over a subnormal absmax overflows, the quotient doesn't.
-    scaled = tl.where(factor < float("inf"), x * factor, tl.div_rn(x, tl.broadcast_to(divisor, x.shape)) * PEAK)
-    scaled = tl.minimum(tl.maximum(scaled, -PEAK), PEAK)
-    return tl.where((divisor > 0.0) & (divisor < float("inf")), scaled, 0.0)
+from q_triton.kernels.codes import from_bits, to_e4m3, to_int8
+from q_triton.kernels.scales import absmax_bits, stretched
 
 
 @triton.jit
@@ -36,11 +26,9 @@ def _write_rows(
     x = tl.load(new + token[:, None] * token_stride + head[:, None] * head_stride + columns, mask, 0.0)
     if scales is not None:
         x = x.to(tl.float32)
-        absmax = from_bits(tl.max(magnitude_bits(x), 1))
-        tl.store(scales + target, absmax, kept)
-        PEAK: tl.constexpr = 127.0 if cache.dtype.element_ty == tl.int8 else 448.0
-        scaled = _encoded(x, absmax, PEAK)
-        x = to_int8(scaled) if cache.dtype.element_ty == tl.int8 else to_e4m3(scaled)
+        bits = absmax_bits(x)
+        tl.store(scales + target, from_bits(bits), kept)
+        x = to_int8(stretched(x, bits, 127.0)) if cache.dtype.element_ty == tl.int8 else to_e4m3(stretched(x, bits, 448.0))
     tl.store(cache + target[:, None] * D + columns, x, mask)
 
 

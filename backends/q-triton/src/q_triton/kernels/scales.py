@@ -41,6 +41,24 @@ def scaled(x, bits):
 
 
 @triton.jit
+def stretched(x, bits, PEAK: tl.constexpr):
+    """Rows of x, their largest magnitudes of these bits, so that those become PEAK, or a rounding more; 0 where one is zero or not finite.
+
+    Times PEAK / absmax, or over absmax and times PEAK where the former overflows: in the rare tile that has such a row, or one that isn't
+    finite.
+    """
+    is_finite = (bits > 0) & (bits < INFINITY)
+    absmax = from_bits(tl.where(is_finite, bits, 0x3F800000))
+    factor = tl.div_rn(PEAK, absmax)
+    is_plain = is_finite & (magnitude_bits(factor) < INFINITY)
+    result = x * tl.where(is_plain, factor, 0.0)[:, None]
+    if tl.max(((bits > 0) & ~is_plain).to(tl.int32), 0) > 0:
+        quotient = tl.div_rn(x, absmax[:, None]) * PEAK
+        result = tl.where(is_plain[:, None], result, tl.where(is_finite[:, None], quotient, 0.0))
+    return result
+
+
+@triton.jit
 def power_of_two_scale(bits):
     """Bits of 6 * 2^e, with the smallest e in -127…125 for which that is not below the absmax; zero and what isn't finite stay.
 

@@ -92,7 +92,7 @@ def int8_gemm(
 ) -> Tensor:
     """Multiply int8 rows with int8 rows: ``(a @ b.T) * a_scale * b_scale / 127² + bias``.
 
-    The integer sum is exact (int32; K ≤ 131,072). The rest is float32: ``acc * (a_scale * b_scale * (1 / 16129))``.
+    The integer sum is exact (int32; K ≤ 131,071). The rest is float32: ``acc * (a_scale * b_scale * (1 / 16129))``.
 
     Args:
         a_TK: int8 [..., K].

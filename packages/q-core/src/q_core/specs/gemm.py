@@ -17,8 +17,8 @@ from q_core.samples import gemm as samples
 from q_core.specs import bounds, check
 from q_core.specs.quantize import check_packed
 
-MAX_INT8_K = 131_072
-"""Largest K for which a sum of products of int8 can't overflow int32."""
+MAX_INT8_K = 131_071
+"""Largest K for which a sum of products of int8 can't overflow int32: one more, of -128 with -128, would be 2^31."""
 
 ACTIVATIONS = ("native", "int8")
 WEIGHT_FORMATS = ("dense", "int8", *FOUR_BIT_BOOKS)
