@@ -24,14 +24,18 @@ DECODE = {
         "decode_attention",
         (
             tile(BLOCK_M=32, BLOCK_N=64, stages=2, up_to=64),
-            tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=128),
+            tile(BLOCK_M=32, BLOCK_N=16, stages=2, up_to=128),
             tile(BLOCK_M=16, BLOCK_N=16),
         ),
         size="head dim",
     ),
     "codes": Tiles(
         "decode_attention_codes",
-        (tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2, up_to=128)),
+        (
+            tile(BLOCK_M=32, BLOCK_N=32, stages=2, up_to=64),
+            tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2, up_to=128),
+            tile(BLOCK_M=16, BLOCK_N=16),
+        ),
         size="head dim",
     ),
     "float32": Tiles(
@@ -43,8 +47,8 @@ DECODE = {
         size="head dim",
     ),
 }
-"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions. The
-latter two take so many registers that not every GPU has a tile for long heads.
+"""By what is multiplied: the cache's values, what its codes stand for, or float32, for which few GPUs have matrix instructions: it takes
+so many registers that not every GPU has a tile for long heads.
 
 Here BLOCK_M is the most rows that a program may get.
 """
@@ -54,14 +58,14 @@ PREFILL = {
         "prefill_attention",
         (
             tile(BLOCK_M=64, BLOCK_N=32, stages=2, up_to=64),
-            tile(BLOCK_M=64, BLOCK_N=32, warps=8, up_to=128),
+            tile(BLOCK_M=64, BLOCK_N=16, warps=8, up_to=128),
             tile(BLOCK_M=16, BLOCK_N=16, warps=8),
         ),
         size="head dim",
     ),
     "codes": Tiles(
         "prefill_attention_codes",
-        (tile(BLOCK_M=32, BLOCK_N=16, up_to=64), tile(BLOCK_M=16, BLOCK_N=16, warps=8, stages=2, up_to=128)),
+        (tile(BLOCK_M=32, BLOCK_N=16, up_to=128), tile(BLOCK_M=16, BLOCK_N=16, warps=8)),
         size="head dim",
     ),
     "float32": Tiles(

@@ -39,7 +39,7 @@ TABLE: Table = {
     ),
     "decode_attention_codes": (
         tile(BLOCK_M=32, BLOCK_N=128, warps=8, stages=3, up_to=128),
-        tile(BLOCK_M=32, BLOCK_N=64, warps=8, stages=3),
+        tile(BLOCK_M=32, BLOCK_N=64, warps=4, stages=3),
     ),
     "prefill_attention": (
         tile(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3, up_to=128),
@@ -47,7 +47,7 @@ TABLE: Table = {
     ),
     "prefill_attention_codes": (
         tile(BLOCK_M=128, BLOCK_N=64, warps=8, stages=3, up_to=128),
-        tile(BLOCK_M=64, BLOCK_N=64, warps=8, stages=2),
+        tile(BLOCK_M=128, BLOCK_N=32, warps=8, stages=2),
     ),
     "prefill_attention_float32": (
         tile(BLOCK_M=32, BLOCK_N=16, up_to=64),
