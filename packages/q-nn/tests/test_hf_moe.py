@@ -66,13 +66,18 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return out
 
 
+def title(value: Callable[[], PreTrainedModel] | QConfig) -> str:
+    """Part of a test's name, the same in every process."""
+    return str(value) if isinstance(value, QConfig) else value.__name__
+
+
 def keys(directory: Path) -> set[str]:
     with safe_open(directory / "model.safetensors", "pt") as file:
         return set(file.keys())
 
 
 @pytest.mark.parametrize(
-    ("make", "config"), [*((make, CONFIGS[0]) for make in MODELS), *((qwen2, config) for config in CONFIGS[1:])], ids=str
+    ("make", "config"), [*((make, CONFIGS[0]) for make in MODELS), *((qwen2, config) for config in CONFIGS[1:])], ids=title
 )
 def test_experts_there_and_back(make: Callable[[], PreTrainedModel], ids: Tensor, tmp_path: Path, config: QConfig) -> None:
     torch.manual_seed(0)

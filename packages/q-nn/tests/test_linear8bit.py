@@ -28,6 +28,7 @@ from transformers import (
 from q_core import ops
 from q_core.formats.codebooks import INT8_BOUND
 from q_core.formats.quantized_tensor import QuantizedTensor
+from q_core.layouts import CANONICAL
 from q_core.specs.bounds import FACTOR
 from q_core.testing.private_layout import LAYOUT, private_layout
 from q_nn import Linear8bitLt, LinearNF4, LoRAConfig, QConfig, add_lora, quantize
@@ -171,26 +172,33 @@ def test_compiles_whole_and_exports(has_fp16_weights: bool) -> None:
         wanted = [x, layer.bias] + ([layer.weight] if has_fp16_weights else [])
         torch.testing.assert_close(torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(expected.sum(), wanted))
     layer.threshold = 0.0
-    assert torch.equal(compiled(inputs[0]), layer(inputs[0]))
+    for x in inputs:
+        assert torch.equal(compiled(x), layer(x))
     layer.threshold = 2.5
     tokens = torch.export.Dim("tokens", max=64)
     for strict in (False, True):
         program = torch.export.export(layer, (inputs[0],), dynamic_shapes=({0: tokens},), strict=strict).module()
         for x in inputs:
             assert torch.equal(program(x), layer(x))
-    with pytest.raises(RuntimeError, match="no gradient: train the layer"):
-        torch.ops.q_nn.mixed_product(x, *operator_arguments(layer)).sum().backward()
+    codes, absmax = operator_arguments(layer)
+    for product in (
+        torch.ops.q_nn.mixed_product(x, codes, absmax, None, None, 2.5, CANONICAL),
+        torch.ops.q_nn.int8_product(x, codes, absmax, None, CANONICAL),
+    ):
+        with pytest.raises(RuntimeError, match="no gradient of its own: train the layer"):
+            product.sum().backward()
 
 
-def operator_arguments(layer: Linear8bitLt) -> tuple[Any, ...]:
+def operator_arguments(layer: Linear8bitLt) -> tuple[Tensor, Tensor]:
     codes, absmax, _ = ops.quantize_int8_rowwise(layer.weight.dequantize() if not layer.has_fp16_weights else layer.weight.detach())
-    return codes, absmax, None, None, 2.5, "canonical"
+    return codes, absmax
 
 
 @pytest.mark.parametrize("T", [1, 5])
-def test_the_operator_is_a_good_citizen(T: int) -> None:
-    arguments = operator_arguments(Linear8bitLt(32, 8))
-    torch.library.opcheck(torch.ops.q_nn.mixed_product.default, (torch.randn(T, 32), *arguments))
+def test_the_operators_are_good_citizens(T: int) -> None:
+    x, (codes, absmax) = torch.randn(T, 32), operator_arguments(Linear8bitLt(32, 8))
+    torch.library.opcheck(torch.ops.q_nn.mixed_product.default, (x, codes, absmax, None, None, 2.5, CANONICAL))
+    torch.library.opcheck(torch.ops.q_nn.int8_product.default, (x, codes, absmax, None, CANONICAL))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

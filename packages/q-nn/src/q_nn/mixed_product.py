@@ -1,8 +1,8 @@
 """LLM.int8()'s product (arXiv 2208.07339): int8 for most columns of the activations, more bits for the few with outliers.
 
 How many columns those are, only the values say. So the product is one operator to the compiler, ``q_nn::mixed_product``, whose shapes
-depend on no value; inside, the columns are gathered. The operator isn't part of q-core's surface: it is made of that surface's ops, and
-no backend implements it.
+depend on no value; inside, the columns are gathered. Without outliers it is ``q_nn::int8_product``. Neither operator is part of q-core's
+surface: they are made of that surface's ops, and no backend implements them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ _LIBRARY = torch.library.Library("q_nn", "FRAGMENT")
 _LIBRARY.define(
     "mixed_product(Tensor x_TK, Tensor codes_NK, Tensor absmax, Tensor? bias, Tensor? w_NK, float threshold, str layout) -> Tensor",
     tags=_TAGS,
+)
+_LIBRARY.define(
+    "int8_product(Tensor x_TK, Tensor codes_NK, Tensor absmax, Tensor? bias, str layout) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
@@ -50,14 +54,20 @@ def rounded_product(
     Returns:
         Tensor [..., N] of x's dtype.
     """
-    if not threshold:
-        return _int8_product(x_TK, codes_NK, absmax, bias, threshold, layout)
-    product: Tensor = torch.ops.q_nn.mixed_product(x_TK, codes_NK, absmax, bias, w_NK, threshold, layout)
+    product: Tensor
+    if threshold:
+        product = torch.ops.q_nn.mixed_product(x_TK, codes_NK, absmax, bias, w_NK, threshold, layout)
+    elif torch.compiler.is_dynamo_compiling():
+        # One operator here too: torch 2.11 can't trace sizes of tensors that are made within an autograd.Function.
+        product = torch.ops.q_nn.int8_product(x_TK, codes_NK, absmax, bias, layout)
+    else:
+        product = _int8_product(x_TK, codes_NK, absmax, bias, layout)
     return product
 
 
-def _int8_product(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, layout: str) -> Tensor:
-    q_TK, row_absmax, _ = ops.quantize_int8_rowwise(x_TK, threshold=threshold)
+@torch.library.impl(_LIBRARY, "int8_product", "CompositeExplicitAutograd")
+def _int8_product(x_TK: Tensor, codes_NK: Tensor, absmax: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    q_TK, row_absmax, _ = ops.quantize_int8_rowwise(x_TK)
     return ops.int8_gemm(q_TK, codes_NK, row_absmax, absmax, bias=bias, dtype=x_TK.dtype, layout=layout)
 
 
@@ -109,12 +119,13 @@ def _fake_mixed_product(
     threshold: float,
     layout: str,
 ) -> Tensor:
-    return _int8_product(x_TK, codes_NK, absmax, bias, threshold, layout)
+    return _int8_product(x_TK, codes_NK, absmax, bias, layout)
 
 
 def _no_gradient(ctx: Any, *gradients: Tensor) -> NoReturn:
-    raise RuntimeError("q_nn::mixed_product has no gradient: train the layer itself, not a graph exported from it")
+    raise RuntimeError("LLM.int8()'s product has no gradient of its own: train the layer itself, not a graph exported from it")
 
 
-torch.library.register_fake("q_nn::mixed_product", _fake_mixed_product, lib=_LIBRARY)
-torch.library.register_autograd("q_nn::mixed_product", _no_gradient, lib=_LIBRARY)
+for _name, _fake in (("mixed_product", _fake_mixed_product), ("int8_product", _int8_product)):
+    torch.library.register_fake(f"q_nn::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"q_nn::{_name}", _no_gradient, lib=_LIBRARY)
