@@ -14,6 +14,12 @@ def can_capture(device: torch.device) -> bool:
     return device.type != "cpu" and hasattr(torch.get_device_module(device), "graph")
 
 
+def graph_of(device: torch.device) -> Any:
+    """An empty graph, as the device's module calls it."""
+    module = torch.get_device_module(device)
+    return next(getattr(module, name) for name in ("CUDAGraph", "XPUGraph") if hasattr(module, name))()
+
+
 def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """Capture a call.
 
@@ -28,7 +34,7 @@ def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
         RuntimeError: the call does what no graph can hold, such as to wait for the device.
     """
     module: Any = torch.get_device_module(device)
-    graph = next(getattr(module, name) for name in ("CUDAGraph", "XPUGraph") if hasattr(module, name))()
+    graph = graph_of(device)
     with module.device(device):
         function()
         torch.accelerator.synchronize(device)

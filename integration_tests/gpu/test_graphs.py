@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 
+import q_optim
 from gpu.calls import altered, corner_calls, model_calls, run_public
-from gpu.graph import captured
+from gpu.graph import captured, graph_of
 from q_core.record import OpRecord
 from q_core.specs import RECORDS
 from q_core.testing.agreement import copy_call, describe, same_bits, tensors_of
@@ -51,3 +53,19 @@ def test_what_the_replays_are_compared_with(op: str, device: torch.device) -> No
         assert [tensor.shape for tensor in tensors_of(other)] == [tensor.shape for tensor in tensors_of(call)]
         differ |= not same_bits(run_public(record, copy_call(call)), run_public(record, copy_call(other)))
     assert differ
+
+
+@pytest.mark.filterwarnings("ignore:The .* Graph is empty")
+@pytest.mark.parametrize("kind", [q_optim.AdamW8bit, q_optim.PagedAdamW32bit])
+def test_a_step_is_not_captured(kind: type[q_optim.AdamW], capturing: torch.device) -> None:
+    """Its number is counted on the host, so a replay would repeat it."""
+    weight = torch.nn.Parameter(torch.randn(64, 64, device=capturing))
+    weight.grad = torch.randn_like(weight)
+    optimizer = kind([weight], lr=0.1)
+    module: Any = torch.get_device_module(capturing)
+    optimizer.step()
+    before = weight.detach().clone()
+    refused = pytest.raises(RuntimeError, match=rf"{kind.__name__}: step\(\) is called while a graph of")
+    with refused, module.device(capturing), module.graph(graph_of(capturing)):
+        optimizer.step()
+    assert torch.equal(weight, before)

@@ -314,3 +314,15 @@ def test_a_device_that_no_backend_serves_is_refused_before_any_step() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
     ).stdout
     assert said.startswith("AdamW8bit: weight of shape [8, 8] is on cpu, where no backend updates it: optimizer_step_8bit")
+
+
+def test_a_step_that_a_graph_would_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph is captured of a CPU, so this one is pretended; a real one is tested on GPUs, in integration_tests/gpu."""
+    weight = matrix()
+    weight.grad = torch.ones_like(weight)
+    before, optimizer = weight.detach().clone(), AdamW([weight])
+    monkeypatch.setattr("q_optim.optimizer._is_capturing", lambda device: device == weight.device)
+    with pytest.raises(RuntimeError, match=r"AdamW: step\(\) is called while a graph of cpu is captured.*call step\(\) after"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert not optimizer.state

@@ -254,6 +254,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             ValueError: a gradient is sparse; nothing is updated then.
+            RuntimeError: a device graph is being captured; likewise.
         """
         loss = None
         if closure is not None:
@@ -278,6 +279,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer, ABC):
                     settings=_identity(group, settings),
                 )
                 alike.setdefault(key, (settings, []))[1].append(param)
+        for device in {key.device for key in alike}:
+            if _is_capturing(device):
+                raise RuntimeError(
+                    f"{type(self).__name__}: step() is called while a graph of {device} is captured, but steps are counted on the host: "
+                    "each replay would repeat this one's update; capture forward and backward alone, and call step() after them"
+                )
         self._make_states(alike)
         for number, (key, (settings, params)) in enumerate(alike.items()):
             update = self.update(settings, key.step)
@@ -378,6 +385,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer, ABC):
         super().__setstate__(state)
         if "_overrides" in state and self._paging is not None:
             self._copy_in(self.state)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device isn't run but becomes part of a graph."""
+    ask = None if device.type == "cpu" else getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return ask is not None and bool(ask())
 
 
 def _identity(group: dict[str, Any], settings: dict[str, Any]) -> Hashable:
