@@ -389,7 +389,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer, ABC):
 
 def _is_capturing(device: torch.device) -> bool:
     """Whether what is launched on a device isn't run but becomes part of a graph."""
-    ask = None if device.type == "cpu" else getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)  # a CPU's module has none
     return ask is not None and bool(ask())
 
 
